@@ -1,0 +1,459 @@
+// This file is the user: what one is, which bodies are valid, and the CQL that
+// creates, reads, changes, deletes and lists them. It shows prepared statements,
+// lightweight transactions and a logged batch, and why an INSERT is stamped in
+// the past.
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/mail"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/gocql/gocql"
+	"github.com/google/uuid"
+)
+
+const (
+	maxName       = 100       // characters
+	maxEmail      = 254       // bytes, the longest that SMTP carries
+	maxAge        = 150       // years
+	maxBatch      = 100       // users
+	maxBatchBytes = 48 * 1000 // of values; Cassandra refuses batches above 50 KiB, names and headers included
+	defaultList   = 10        // users in an answer of GET /users
+	maxList       = 100
+)
+
+// insertAge is how far in the past an INSERT is stamped. A later UPDATE or
+// DELETE … IF EXISTS carries a ballot of the coordinator's clock, in whole
+// milliseconds; one that lies before the INSERT's stamp is answered "applied"
+// and lost without a word. The id is new, so nothing older can shadow the row.
+const insertAge = 10 * time.Second
+
+const (
+	createUsers = `CREATE TABLE IF NOT EXISTS "%s".users (id uuid PRIMARY KEY, name text, email text, age int, created_at timestamp, updated_at timestamp)`
+	insertUser  = `INSERT INTO users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`
+	selectUser  = `SELECT name, email, age, created_at, updated_at FROM users WHERE id = ?`
+	updateUser  = `UPDATE users SET name = ?, email = ?, age = ?, updated_at = ? WHERE id = ? IF EXISTS`
+	removeUser  = `DELETE FROM users WHERE id = ? IF EXISTS`
+)
+
+// user is a row of the users table and its JSON.
+type user struct {
+	ID        uuid.UUID `json:"id"`
+	Name      string    `json:"name"`
+	Email     string    `json:"email"`
+	Age       int       `json:"age"`
+	CreatedAt timestamp `json:"created_at"`
+	UpdatedAt timestamp `json:"updated_at"`
+}
+
+// timestamp is milliseconds since 1970, all that Cassandra keeps of a time.
+type timestamp int64
+
+const timestampLayout = "2006-01-02T15:04:05.000Z"
+
+func now() timestamp { return timestamp(time.Now().UnixMilli()) }
+
+// AppendText appends RFC 3339 in UTC with exactly three digits of a second.
+func (t timestamp) AppendText(b []byte) ([]byte, error) {
+	return time.UnixMilli(int64(t)).UTC().AppendFormat(b, timestampLayout), nil
+}
+
+// MarshalText is what encoding/json asks for.
+func (t timestamp) MarshalText() ([]byte, error) { return t.AppendText(nil) }
+
+// postUser answers POST /users.
+func postUser(w http.ResponseWriter, r *http.Request) error {
+	body, err := readJSON(r, "application/json")
+	if err != nil {
+		return err
+	}
+	given, errs := parseFields(body, "", true)
+	if errs != nil {
+		return invalid(errs...)
+	}
+	u := given.newUser()
+	if err := createUser(r.Context(), u); err != nil {
+		return err
+	}
+	w.Header().Set("Location", "/users/"+u.ID.String())
+	return writeJSON(w, http.StatusCreated, u)
+}
+
+// listUsers answers GET /users.
+func listUsers(w http.ResponseWriter, r *http.Request) error {
+	params := &parameters{query: r.URL.RawQuery}
+	limit := params.number("limit", defaultList, 1, maxList)
+	s, given := params.pageState(listToken)
+	if !given {
+		s = newScan(noAgeFilter, unlimited)
+	}
+	if err := params.err(); err != nil {
+		return err
+	}
+	users, err := s.readPage(r.Context(), limit)
+	if err != nil {
+		return err
+	}
+	if s.more() {
+		linkNext(w, fmt.Sprintf("/users?limit=%d&page_state=%s", limit, s.token(listToken)))
+	}
+	return writeJSON(w, http.StatusOK, users)
+}
+
+// batchAnswer is the answer of POST /users/batch.
+type batchAnswer struct {
+	Count   int    `json:"count"`
+	Created []user `json:"created"`
+}
+
+// postBatch answers POST /users/batch. Nothing is written before every element
+// is valid and all of them together are small enough.
+func postBatch(w http.ResponseWriter, r *http.Request) error {
+	body, err := readJSON(r, "application/json")
+	if err != nil {
+		return err
+	}
+	var elements []json.RawMessage
+	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
+		return invalid(inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch)))
+	}
+	var errs []fieldError
+	users := make([]user, len(elements))
+	size := 0
+	for i, element := range elements {
+		given, wrong := parseFields(element, "/"+strconv.Itoa(i), true)
+		if errs = append(errs, wrong...); errs == nil {
+			users[i] = given.newUser()
+			size += users[i].bytes()
+		}
+	}
+	if errs != nil {
+		return invalid(errs...)
+	}
+	if size > maxBatchBytes {
+		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The users of a batch may have %d bytes in all, these have %d; send them in two", maxBatchBytes, size)}
+	}
+	if err := createUsersAtOnce(r.Context(), users); err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusCreated, batchAnswer{Count: len(users), Created: users})
+}
+
+// getUser answers GET /users/{id}.
+func getUser(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	u, err := readUser(r.Context(), id)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, u)
+}
+
+// putUser answers PUT /users/{id}.
+func putUser(w http.ResponseWriter, r *http.Request) error {
+	return changeUser(w, r, true, "application/json")
+}
+
+// patchUser answers PATCH /users/{id}.
+func patchUser(w http.ResponseWriter, r *http.Request) error {
+	return changeUser(w, r, false, "application/json", "application/merge-patch+json")
+}
+
+func changeUser(w http.ResponseWriter, r *http.Request, whole bool, mediaTypes ...string) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	body, err := readJSON(r, mediaTypes...)
+	if err != nil {
+		return err
+	}
+	given, errs := parseFields(body, "", whole)
+	if errs == nil && given == (fields{}) {
+		errs = []fieldError{inBody("", "must have at least one of name, email and age")}
+	}
+	if errs != nil {
+		return invalid(errs...)
+	}
+	u, err := updateAndRead(r.Context(), id, given)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, u)
+}
+
+// deleteUser answers DELETE /users/{id}.
+func deleteUser(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	if err := dropUser(r.Context(), id); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// pathID is the {id} of the path; uuid.Parse alone also takes braces, a urn:
+// prefix and 32 bare digits.
+func pathID(r *http.Request) (uuid.UUID, error) {
+	text := r.PathValue("id")
+	id, err := uuid.Parse(text)
+	if err != nil || len(text) != 36 {
+		return uuid.Nil, &problem{Status: http.StatusBadRequest, Detail: "Invalid UUID format"}
+	}
+	return id, nil
+}
+
+func userNotFound() *problem {
+	return &problem{Status: http.StatusNotFound, Detail: "User not found"}
+}
+
+// createUser writes a new user.
+func createUser(ctx context.Context, u user) error {
+	db, err := currentSession()
+	if err != nil {
+		return err
+	}
+	err = db.Query(insertUser, u.columns()...).WithContext(ctx).WithTimestamp(insertStamp()).Exec()
+	return failed(write, err, "inserting user %s", u.ID)
+}
+
+// createUsersAtOnce writes all of the users or, in the end, none: a logged
+// batch is atomic, but for a moment a reader may see some of them.
+func createUsersAtOnce(ctx context.Context, users []user) error {
+	db, err := currentSession()
+	if err != nil {
+		return err
+	}
+	batch := db.NewBatch(gocql.LoggedBatch).WithContext(ctx).WithTimestamp(insertStamp())
+	for _, u := range users {
+		batch.Query(insertUser, u.columns()...)
+	}
+	return failed(write, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
+}
+
+func insertStamp() int64 { return time.Now().Add(-insertAge).UnixMicro() }
+
+// readUser reads a user; its error is a 404 *problem when there is none.
+func readUser(ctx context.Context, id uuid.UUID) (user, error) {
+	db, err := currentSession()
+	if err != nil {
+		return user{}, err
+	}
+	u := user{ID: id}
+	err = db.Query(selectUser, gocql.UUID(id)).WithContext(ctx).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt))
+	if errors.Is(err, gocql.ErrNotFound) {
+		return user{}, userNotFound()
+	}
+	return u, failed(read, err, "reading user %s", id)
+}
+
+// updateAndRead changes the given fields and returns the whole user, which an
+// UPDATE … IF EXISTS does not; its error is a 404 *problem when there is none.
+func updateAndRead(ctx context.Context, id uuid.UUID, given fields) (user, error) {
+	db, err := currentSession()
+	if err != nil {
+		return user{}, err
+	}
+	values := append(given.columns(), int64(now()), gocql.UUID(id))
+	applied, err := db.Query(updateUser, values...).WithContext(ctx).ScanCAS()
+	if err != nil {
+		return user{}, failed(conditionalWrite, err, "updating user %s", id)
+	}
+	if !applied {
+		return user{}, userNotFound()
+	}
+	u, err := readUser(ctx, id)
+	if cause, ok := errors.AsType[*queryError](err); ok {
+		cause.kind = conditionalWrite // a failed read, but the write was applied
+	}
+	return u, err
+}
+
+// dropUser deletes a user; that there is none is no error.
+func dropUser(ctx context.Context, id uuid.UUID) error {
+	db, err := currentSession()
+	if err != nil {
+		return err
+	}
+	_, err = db.Query(removeUser, gocql.UUID(id)).WithContext(ctx).ScanCAS()
+	return failed(conditionalWrite, err, "deleting user %s", id)
+}
+
+// columns are the values of insertUser.
+func (u user) columns() []any {
+	return []any{gocql.UUID(u.ID), u.Name, u.Email, u.Age, int64(u.CreatedAt), int64(u.UpdatedAt)}
+}
+
+// bytes is the size of the values that columns returns, as CQL encodes them.
+func (u user) bytes() int {
+	const fixed = 16 + 4 + 8 + 8 // id, age and two timestamps
+	return fixed + len(u.Name) + len(u.Email)
+}
+
+// fields are the fields that a client may set; nil where it did not.
+type fields struct {
+	name, email *string
+	age         *int
+}
+
+// newUser makes a user with a fresh id of fields that are all given.
+func (f fields) newUser() user {
+	created := now()
+	return user{ID: uuid.New(), Name: *f.name, Email: *f.email, Age: *f.age, CreatedAt: created, UpdatedAt: created}
+}
+
+// columns are the first values of updateUser. An unset one leaves its column
+// alone; nil would write a tombstone.
+func (f fields) columns() []any {
+	values := []any{gocql.UnsetValue, gocql.UnsetValue, gocql.UnsetValue}
+	if f.name != nil {
+		values[0] = *f.name
+	}
+	if f.email != nil {
+		values[1] = *f.email
+	}
+	if f.age != nil {
+		values[2] = *f.age
+	}
+	return values
+}
+
+const (
+	nameRule  = "must be text of 1 to 100 characters, not blank"
+	emailRule = "must be one plain address of at most 254 bytes, as in ada@example.com"
+	ageRule   = "must be a whole number from 0 to 150"
+)
+
+// parseFields reads a user at a JSON Pointer of the body and returns all that
+// is wrong with it. Where whole is set, no field may be missing.
+func parseFields(raw json.RawMessage, at string, whole bool) (fields, []fieldError) {
+	var given fields
+	var errs []fieldError
+	reject := func(name, detail string) {
+		errs = append(errs, inBody(at+"/"+pointerEscaper.Replace(name), detail))
+	}
+	members, ok := objectMembers(raw)
+	if !ok {
+		return given, []fieldError{inBody(at, "must be an object with name, email and age")}
+	}
+	seen := map[string]bool{}
+	for _, m := range members {
+		if seen[m.name] {
+			reject(m.name, "must come once")
+			continue
+		}
+		seen[m.name] = true
+		if rule := given.set(m); rule != "" {
+			reject(m.name, rule)
+		}
+	}
+	if whole {
+		for _, f := range []struct{ name, rule string }{{"name", nameRule}, {"email", emailRule}, {"age", ageRule}} {
+			if !seen[f.name] {
+				reject(f.name, "is missing; it "+f.rule)
+			}
+		}
+	}
+	return given, errs
+}
+
+var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
+
+// set takes over a member, or returns the rule that it breaks.
+func (f *fields) set(m member) (rule string) {
+	switch m.name {
+	case "name":
+		if f.name = parseText(m.value); f.name == nil || utf8.RuneCountInString(*f.name) > maxName || strings.TrimSpace(*f.name) == "" {
+			return nameRule
+		}
+	case "email":
+		if f.email = parseText(m.value); f.email == nil || !isAddress(*f.email) {
+			return emailRule
+		}
+	case "age":
+		n, ok := parseWhole(string(m.value))
+		if !ok {
+			return ageRule
+		}
+		if n < 0 || n > maxAge {
+			return "must be from 0 to 150"
+		}
+		f.age = &n
+	case "id", "created_at", "updated_at": // the server's: what GET answered can be PUT back
+	default:
+		return "is not a field of a user; those are name, email and age, spelled so"
+	}
+	return ""
+}
+
+// isAddress takes what the whole text is: no display name, no angle brackets.
+func isAddress(text string) bool {
+	address, err := mail.ParseAddress(text)
+	return err == nil && address.Address == text && len(text) <= maxEmail
+}
+
+// parseText returns a JSON string's text, or nil if raw is something else.
+func parseText(raw json.RawMessage) *string {
+	var text *string
+	if json.Unmarshal(raw, &text) != nil || text == nil || hasLoneSurrogate(raw) {
+		return nil
+	}
+	return text
+}
+
+// escapes matches a surrogate pair, half a one (as its group), any other escape.
+var escapes = regexp.MustCompile(`\\u(?i:d[89ab]..)\\u(?i:d[c-f]..)|(\\u(?i:d[89a-f]..))|\\.`)
+
+// hasLoneSurrogate finds half a surrogate pair in a JSON string: encoding/json
+// turns it into U+FFFD in silence.
+func hasLoneSurrogate(raw json.RawMessage) bool {
+	return slices.ContainsFunc(escapes.FindAllSubmatch(raw, -1), func(match [][]byte) bool { return match[1] != nil })
+}
+
+// parseWhole returns the whole number that a JSON number is, however it is
+// written (30, 30.0, 3e1), in exact decimal; ok is false for a fraction. What has
+// more than nine digits comes back as a thousand million with its sign.
+func parseWhole(number string) (n int, ok bool) {
+	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
+	digits, negative := strings.CutPrefix(mantissa, "-")
+	if digits == "" || digits[0] < '0' || digits[0] > '9' {
+		return 0, false // a string, null or the like
+	}
+	whole, fraction, _ := strings.Cut(digits, ".")
+	shift, err := strconv.Atoi(cmp.Or(exponent, "0"))
+	digits = strings.TrimLeft(whole+fraction, "0")
+	significant := strings.TrimRight(digits, "0")
+	zeros := shift - len(fraction) + len(digits) - len(significant)
+	switch {
+	case significant == "":
+		return 0, true
+	case zeros < 0: // with an exponent out of range, too: Atoi then returns the nearest
+		return 0, false
+	case err != nil || len(significant)+zeros > 9:
+		n = 1_000_000_000
+	default:
+		n, _ = strconv.Atoi(significant + strings.Repeat("0", zeros))
+	}
+	if negative {
+		n = -n
+	}
+	return n, true
+}
