@@ -1,0 +1,471 @@
+// This file sends result sets of any size in bounded memory: as one JSON array
+// (or NDJSON) row by row, or page by page with a token for the next. It shows
+// paging by token range, back-pressure, cancellation, and why a stream that
+// fails must abort its connection. It leans on main.go (parameters, problems)
+// and on health.go (currentSession, failed).
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"iter"
+	"math"
+	"net/http"
+	"strconv"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/gocql/gocql"
+)
+
+const (
+	maxStreams   = 64       // at once; each holds up to two pages
+	defaultFetch = 1000     // rows in a Cassandra page, where throughput has nearly levelled off
+	maxFetch     = 5000     // rows; a page of the longest users is then some 3 MB
+	writeSize    = 32 << 10 // bytes in one write to the client
+	maxRow       = 4 << 10  // bytes of one user's JSON, more than any can have
+	ndjson       = "application/x-ndjson"
+	unlimited    = math.MaxInt
+	noAgeFilter  = -1
+)
+
+// A filter makes Cassandra look through rows that it does not return, some
+// 500 000 a second, so a page that finds too little runs into the node's 10 s
+// timeout at about 5 million rows. Therefore a filtered scan asks for slices of
+// the token range, each as wide as can be looked through in about sliceTime.
+const (
+	firstSlice = 1 << 52                // of 2^64 tokens: a 4096th of the table
+	sliceTime  = 500 * time.Millisecond // a quicker slice is followed by one of twice the width
+	pageTime   = 2 * time.Second        // after which a page is answered with what was found
+)
+
+const (
+	selectRange      = `SELECT id, name, email, age, created_at, updated_at FROM users WHERE token(id) > ? AND token(id) <= ?`
+	selectRangeByAge = selectRange + ` AND age >= ? ALLOW FILTERING`
+)
+
+// streamUsers answers GET /users/stream. The status line is sent with the first
+// rows, so a failure of the first page still gets its own status.
+func streamUsers(w http.ResponseWriter, r *http.Request) error {
+	params := &parameters{query: r.URL.RawQuery}
+	s := newScan(params.ageFilter(), params.number("limit", unlimited, 1, unlimited))
+	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
+	if err := params.err(); err != nil {
+		return err
+	}
+	out := newRowWriter(w, preferred(r, "application/json", ndjson))
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	defer counters.streams.Add(-1)
+	if counters.streams.Add(1) > maxStreams {
+		return unavailable("Too many streams at once; try again in a second")
+	}
+	fetch := func(ctx context.Context) (page, error) { return s.fetch(ctx, fetchSize) }
+	for rows, err := range pagesAhead(r.Context(), &counters.scans, fetch) {
+		if err != nil {
+			return err
+		}
+		if err := out.writeRows(rows); err != nil {
+			return err
+		}
+	}
+	return out.end()
+}
+
+// pageOfUsers is the answer of GET /users/stream/pages.
+type pageOfUsers struct {
+	Users     json.RawMessage `json:"users"`
+	HasMore   bool            `json:"has_more"`
+	PageState *string         `json:"page_state"`
+}
+
+// getPage answers GET /users/stream/pages.
+func getPage(w http.ResponseWriter, r *http.Request) error {
+	params := &parameters{query: r.URL.RawQuery}
+	age := params.ageFilter()
+	s := newScan(age, params.number("limit", unlimited, 1, unlimited))
+	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
+	if from, given := params.pageState(pagesToken); given {
+		if age != noAgeFilter && age != from.minAge {
+			params.reject("page_state", "was made for another age_filter; "+startAgain)
+		}
+		s = from
+	}
+	if err := params.err(); err != nil {
+		return err
+	}
+	if r.Method == http.MethodHead {
+		w.Header().Set("Content-Type", "application/json")
+		return nil
+	}
+	users, err := s.readPage(r.Context(), fetchSize)
+	if err != nil {
+		return err
+	}
+	answer := pageOfUsers{Users: users, HasMore: s.more()}
+	if s.more() {
+		answer.PageState = new(s.token(pagesToken))
+		linkNext(w, fmt.Sprintf("/users/stream/pages?fetch_size=%d&page_state=%s", fetchSize, *answer.PageState))
+	}
+	return writeJSON(w, http.StatusOK, answer)
+}
+
+func linkNext(w http.ResponseWriter, target string) {
+	w.Header().Set("Link", "<"+target+`>; rel="next"`)
+}
+
+func (p *parameters) ageFilter() int { return p.number("age_filter", noAgeFilter, 0, maxAge) }
+
+// page is some rows of a scan, and whether more may follow.
+type page struct {
+	rows *gocql.Iter
+	more bool
+}
+
+// pagesAhead yields what fetch returns, page after page, and fetches the next
+// one while the reader is busy with this one. It ends the fetch under way when
+// the reader stops or ctx ends; open counts it from its start to its end.
+func pagesAhead(ctx context.Context, open *atomic.Int64, fetch func(context.Context) (page, error)) iter.Seq2[*gocql.Iter, error] {
+	type result struct {
+		page
+		err error
+	}
+	return func(yield func(*gocql.Iter, error) bool) {
+		open.Add(1)
+		defer open.Add(-1)
+		ctx, cancel := context.WithCancel(ctx)
+		start := func() chan result {
+			fetched := make(chan result, 1)
+			go func() {
+				defer close(fetched)
+				p, err := fetch(ctx)
+				fetched <- result{p, err}
+			}()
+			return fetched
+		}
+		next := start()
+		defer func() {
+			cancel()
+			<-next // a closed channel, or the fetch just cancelled
+		}()
+		for {
+			current := <-next
+			if current.err != nil {
+				yield(nil, current.err)
+				return
+			}
+			if current.more {
+				next = start()
+			}
+			if !yield(current.rows, nil) || !current.more {
+				return
+			}
+		}
+	}
+}
+
+// scan is a walk through the users table in the order of its tokens, from the
+// lowest to the highest, and the place where it stands.
+type scan struct {
+	minAge int    // noAgeFilter, or 0 to 150
+	left   int    // rows still to be given
+	after  int64  // the token range being read is (after, upto]
+	upto   int64  //
+	state  []byte // Cassandra's paging state within it, empty at its start
+	width  uint64 // of a range; the whole ring where nothing is filtered
+}
+
+func newScan(minAge, limit int) *scan {
+	s := &scan{minAge: minAge, left: limit, after: math.MinInt64, width: math.MaxUint64}
+	if s.isFiltered() {
+		s.width = firstSlice
+	}
+	s.upto = s.nextBound()
+	return s
+}
+
+func (s *scan) isFiltered() bool { return s.minAge > 0 }
+
+// more says whether rows remain to be given and the scan is not at its end.
+func (s *scan) more() bool { return s.left > 0 && s.after < math.MaxInt64 }
+
+// nextBound is the end of the range that begins at after.
+func (s *scan) nextBound() int64 {
+	if rest := uint64(math.MaxInt64) - uint64(s.after); s.width >= rest {
+		return math.MaxInt64
+	}
+	return s.after + int64(s.width)
+}
+
+// fetch reads the next page, of at most size rows and perhaps none, and moves
+// the scan behind it.
+func (s *scan) fetch(ctx context.Context, size int) (page, error) {
+	db, err := currentSession()
+	if err != nil {
+		return page{}, err
+	}
+	statement, values := selectRange, []any{s.after, s.upto}
+	if s.isFiltered() {
+		statement, values = selectRangeByAge, append(values, s.minAge)
+	}
+	start := time.Now()
+	rows := db.Query(statement, values...).WithContext(ctx).PageSize(min(size, s.left)).PageState(s.state).Iter()
+	if rows.NumRows() == 0 { // as with every failed query; Close would take the rows away
+		if err := rows.Close(); err != nil {
+			return s.retryNarrower(ctx, size, err)
+		}
+	}
+	s.left -= rows.NumRows()
+	s.state = rows.PageState()
+	if len(s.state) == 0 {
+		if s.isFiltered() && time.Since(start) < sliceTime && s.width < math.MaxUint64/2 {
+			s.width *= 2
+		}
+		s.after = s.upto
+		s.upto = s.nextBound()
+	}
+	return page{rows: rows, more: s.more()}, nil
+}
+
+// retryNarrower tries half the slice when the node ran out of time in it, as it
+// can when others keep it busy.
+func (s *scan) retryNarrower(ctx context.Context, size int, err error) (page, error) {
+	var refused gocql.RequestError
+	if errors.As(err, &refused) && refused.Code() == gocql.ErrCodeReadTimeout && s.isFiltered() && len(s.state) == 0 && s.width > firstSlice {
+		s.width /= 2
+		s.upto = s.nextBound()
+		return s.fetch(ctx, size)
+	}
+	if refused != nil && refused.Code() == gocql.ErrCodeProtocol && len(s.state) > 0 {
+		return page{}, invalid(fieldError{Parameter: "page_state", Detail: "is not a place in this table; " + startAgain})
+	}
+	return page{}, failed(read, err, "reading a page of users")
+}
+
+// readPage reads at most size users as a JSON array. It goes on over pages that
+// are not full, but not for much longer than pageTime.
+func (s *scan) readPage(ctx context.Context, size int) (json.RawMessage, error) {
+	array := []byte{'['}
+	row := newUserRow()
+	for start := time.Now(); s.more() && size > 0 && time.Since(start) < pageTime; {
+		page, err := s.fetch(ctx, size)
+		if err != nil {
+			return nil, err
+		}
+		size -= page.rows.NumRows()
+		for page.rows.Scan(row.columns...) {
+			if len(array) > 1 {
+				array = append(array, ',')
+			}
+			array = row.appendJSON(array)
+		}
+		if err := page.rows.Close(); err != nil {
+			return nil, failed(read, err, "reading a page of users")
+		}
+	}
+	return append(array, ']'), nil
+}
+
+// Page tokens are bound to what they were made for: Cassandra takes a paging
+// state of another query in silence and answers with wrong rows.
+const (
+	listToken  = 'l' // of GET /users
+	pagesToken = 'p' // of GET /users/stream/pages
+	startAgain = "start again without page_state"
+)
+
+// token packs the place of the scan into URL-safe text: endpoint, filter, rows
+// left, range, paging state, checksum. It holds no secret and needs no key, so
+// every instance takes it.
+func (s *scan) token(endpoint byte) string {
+	b := []byte{endpoint}
+	for _, n := range []int64{int64(s.minAge), int64(s.left), s.after, s.upto} {
+		b = binary.AppendVarint(b, n)
+	}
+	b = append(b, s.state...)
+	b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
+	return base64.RawURLEncoding.EncodeToString(b)
+}
+
+// parseToken returns the scan that token packed, or false for any other text.
+func parseToken(text string, endpoint byte) (*scan, bool) {
+	b, err := base64.RawURLEncoding.DecodeString(text)
+	// The decoder skips line breaks and ignores stray bits at the end.
+	if err != nil || len(b) < 5 || base64.RawURLEncoding.EncodeToString(b) != text {
+		return nil, false
+	}
+	b, sum := b[:len(b)-4], binary.BigEndian.Uint32(b[len(b)-4:])
+	if crc32.ChecksumIEEE(b) != sum || b[0] != endpoint {
+		return nil, false
+	}
+	b = b[1:]
+	var numbers [4]int64
+	for i := range numbers {
+		n, size := binary.Varint(b)
+		if size <= 0 {
+			return nil, false
+		}
+		numbers[i], b = n, b[size:]
+	}
+	s := newScan(int(numbers[0]), int(numbers[1]))
+	s.after, s.upto, s.state = numbers[2], numbers[3], b
+	return s, s.minAge >= noAgeFilter && s.minAge <= maxAge && s.left > 0 && s.after < s.upto
+}
+
+// pageState returns the scan to go on with, and whether there is one.
+func (p *parameters) pageState(endpoint byte) (*scan, bool) {
+	text, given := p.text("page_state")
+	if !given {
+		return nil, false
+	}
+	s, ok := parseToken(text, endpoint)
+	if !ok {
+		p.reject("page_state", "is damaged or of another endpoint; "+startAgain)
+	}
+	return s, ok
+}
+
+// rowWriter writes users as a JSON array, or one a line, in writes of writeSize.
+type rowWriter struct {
+	w     http.ResponseWriter
+	row   *userRow
+	buf   []byte
+	array bool
+	rows  int // appended to buf so far
+}
+
+func newRowWriter(w http.ResponseWriter, contentType string) *rowWriter {
+	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Vary", "Accept")
+	return &rowWriter{w: w, row: newUserRow(), array: contentType != ndjson}
+}
+
+// writeRows writes a page and flushes it; the first one sends the status line.
+func (o *rowWriter) writeRows(rows *gocql.Iter) error {
+	if o.buf == nil {
+		o.buf = make([]byte, 0, writeSize)
+		o.w.WriteHeader(http.StatusOK)
+		if o.array {
+			o.buf = append(o.buf, '[')
+		}
+	}
+	for rows.Scan(o.row.columns...) {
+		if o.array && o.rows > 0 {
+			o.buf = append(o.buf, ',')
+		}
+		o.buf = o.row.appendJSON(o.buf)
+		if !o.array {
+			o.buf = append(o.buf, '\n')
+		}
+		o.rows++
+		if len(o.buf) > writeSize-maxRow {
+			if err := o.write(); err != nil {
+				return err
+			}
+		}
+	}
+	if err := rows.Close(); err != nil {
+		return failed(read, err, "streaming users")
+	}
+	if err := o.write(); err != nil {
+		return err
+	}
+	counters.rowsStreamed.Add(int64(rows.NumRows()))
+	return http.NewResponseController(o.w).Flush()
+}
+
+// end closes the array. Without it, and with the connection cut, no client can
+// take what it got for a whole one.
+func (o *rowWriter) end() error {
+	if o.array {
+		o.buf = append(o.buf, "]\n"...)
+	}
+	return o.write()
+}
+
+func (o *rowWriter) write() error {
+	_, err := o.w.Write(o.buf)
+	o.buf = o.buf[:0]
+	return err
+}
+
+// userRow is one row, scanned again and again without an allocation: Scan into
+// strings makes two or three a row.
+type userRow struct {
+	id               gocql.UUID
+	name, email      rawText
+	age              int
+	created, updated int64 // milliseconds since 1970
+	columns          []any // the destinations for Scan, in the order of the CQL
+}
+
+func newUserRow() *userRow {
+	row := new(userRow)
+	row.columns = []any{&row.id, &row.name, &row.email, &row.age, &row.created, &row.updated}
+	return row
+}
+
+// rawText is a text column in the driver's buffer of its page, which the driver
+// does not use again.
+type rawText []byte
+
+// UnmarshalCQL keeps the bytes without copying them.
+func (t *rawText) UnmarshalCQL(_ gocql.TypeInfo, data []byte) error {
+	*t = data
+	return nil
+}
+
+// appendJSON appends the same bytes that encoding/json makes of a user.
+func (row *userRow) appendJSON(b []byte) []byte {
+	b = append(b, `{"id":"`...)
+	b = appendUUID(b, row.id)
+	b = append(b, `","name":`...)
+	b = appendString(b, row.name)
+	b = append(b, `,"email":`...)
+	b = appendString(b, row.email)
+	b = append(b, `,"age":`...)
+	b = strconv.AppendInt(b, int64(row.age), 10)
+	b = append(b, `,"created_at":"`...)
+	b, _ = timestamp(row.created).AppendText(b)
+	b = append(b, `","updated_at":"`...)
+	b, _ = timestamp(row.updated).AppendText(b)
+	return append(b, `"}`...)
+}
+
+func appendUUID(b []byte, id gocql.UUID) []byte {
+	b = hex.AppendEncode(b, id[:4])
+	for _, part := range [][]byte{id[4:6], id[6:8], id[8:10], id[10:]} {
+		b = hex.AppendEncode(append(b, '-'), part)
+	}
+	return b
+}
+
+// appendString appends text as JSON. The rare text that needs escaping goes
+// through encoding/json, which takes ten times as long.
+func appendString(b, text []byte) []byte {
+	plain := utf8.Valid(text)
+	for _, c := range text {
+		// 0xE2 begins U+2028 and U+2029, which encoding/json escapes.
+		plain = plain && c >= ' ' && c != '"' && c != '\\' && c != 0xE2
+	}
+	if plain {
+		b = append(b, '"')
+		b = append(b, text...)
+		return append(b, '"')
+	}
+	var quoted bytes.Buffer
+	enc := json.NewEncoder(&quoted)
+	enc.SetEscapeHTML(false)
+	enc.Encode(string(text)) // a string always encodes
+	return append(b, bytes.TrimSuffix(quoted.Bytes(), []byte("\n"))...)
+}
