@@ -367,6 +367,16 @@ func (n *node) settings() []string {
 	return []string{"CASSANDRA_HOSTS=" + host, "CASSANDRA_PORT=" + port}
 }
 
+// Tests of main.go.
+
+func TestServiceStarts(t *testing.T) {
+	startService(t).awaitHealthy(t, 5*time.Second)
+}
+
+// Tests of health.go.
+
+// Tests of users.go.
+
 func TestUserReadsBackAsItWasAnswered(t *testing.T) {
 	posted := call(t, "POST", "/users", `{"name":"Ada","email":"ada@example.com","age":36}`, jsonHeader)
 	got := call(t, "GET", posted.Header().Get("Location"), "")
@@ -375,6 +385,16 @@ func TestUserReadsBackAsItWasAnswered(t *testing.T) {
 	}
 }
 
-func TestServiceStarts(t *testing.T) {
-	startService(t).awaitHealthy(t, 5*time.Second)
-}
+// Tests of stream.go.
+
+// Tests of safety.go.
+
+// Tests of metrics.go.
+
+// Tests of docs.
+
+// Tests of outages, overload and drain.
+
+// Tests of the launcher.
+
+// Benchmarks.
