@@ -34,6 +34,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -69,21 +70,17 @@ const howToInstall = `Cassandra needs Java 17 or 21, and Maven to fetch it:
 Or start it in Docker, and run COMMAND against that:
   docker run -d -p 9042:9042 cassandra:5`
 
-// Where Java and Maven are when they are not on the PATH.
+// Where to look for Java beyond JAVA_HOME and the PATH.
+var javaFolders = []string{
+	"/usr/lib/jvm/*/bin",
+	"/Library/Java/JavaVirtualMachines/*/Contents/Home/bin",
+	"/opt/homebrew/opt/openjdk@*/bin",
+	"/usr/local/opt/openjdk@*/bin",
+	"$HOME/.sdkman/candidates/java/*/bin",
+}
+
+// What java says of itself when asked for its properties.
 var (
-	javaFolders = []string{
-		"/usr/lib/jvm/*/bin",
-		"/Library/Java/JavaVirtualMachines/*/Contents/Home/bin",
-		"/opt/homebrew/opt/openjdk@*/bin",
-		"/usr/local/opt/openjdk@*/bin",
-		"$HOME/.sdkman/candidates/java/*/bin",
-	}
-	mavenFiles = []string{
-		"/opt/homebrew/bin/mvn",
-		"/usr/local/bin/mvn",
-		"/usr/share/maven/bin/mvn",
-		"$HOME/.sdkman/candidates/maven/current/bin/mvn",
-	}
 	javaHomeLine    = regexp.MustCompile(`(?m)^\s*java\.home = (.+)$`)
 	javaVersionLine = regexp.MustCompile(`(?m)^\s*java\.specification\.version = (17|21)$`)
 )
@@ -138,9 +135,10 @@ func run(args []string) (status int) {
 	}
 	defer l.reaper.close()
 
-	if hosts := l.existing(); hosts != "" {
-		say("using the Cassandra at %s", hosts)
-		return l.runCommand("CASSANDRA_HOSTS=" + hosts)
+	if !l.own {
+		if settings, found := existing(); found {
+			return l.runCommand(settings)
+		}
 	}
 	return l.runOwn()
 }
@@ -192,20 +190,19 @@ func watchParent() <-chan struct{} {
 	return orphan
 }
 
-// existing returns where a Cassandra is that need not be started, if flags do not ask for another.
-func (l *launcher) existing() string {
-	if l.own {
-		return ""
-	}
+// existing finds a Cassandra that need not be started, and what COMMAND has to be told about it.
+func existing() (settings []string, found bool) {
 	if hosts := os.Getenv("CASSANDRA_HOSTS"); hosts != "" {
-		return hosts
+		say("using the Cassandra at %s, as CASSANDRA_HOSTS says", hosts)
+		return nil, true
 	}
 	session, err := connect("localhost", usualPort, os.Getenv("CASSANDRA_USERNAME"), os.Getenv("CASSANDRA_PASSWORD"))
 	if err != nil {
-		return ""
+		return nil, false
 	}
 	session.Close()
-	return "localhost"
+	say("using the Cassandra at localhost:%d", usualPort)
+	return []string{"CASSANDRA_HOSTS=localhost", fmt.Sprint("CASSANDRA_PORT=", usualPort)}, true
 }
 
 // connect returns a session only if a Cassandra answers CQL and lets the user in.
@@ -242,7 +239,7 @@ func (l *launcher) runOwn() (status int) {
 
 	defer say("stopping")
 	if len(l.command) > 0 {
-		return l.runCommand(c.settings()...)
+		return l.runCommand(c.settings())
 	}
 	say("%s", strings.Join(c.settings(), " "))
 	select {
@@ -254,7 +251,10 @@ func (l *launcher) runOwn() (status int) {
 
 // runCommand runs COMMAND in a process group of its own: Ctrl-C reaches the launcher's whole group, so that a COMMAND
 // in it would get each signal twice.
-func (l *launcher) runCommand(settings ...string) (status int) {
+func (l *launcher) runCommand(settings []string) (status int) {
+	if len(l.command) == 0 {
+		return 0
+	}
 	cmd := exec.Command(l.command[0], l.command[1:]...)
 	cmd.Env = append(os.Environ(), settings...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -349,16 +349,15 @@ func (c *cluster) start() error {
 		return err
 	}
 	began := time.Now()
-	err := c.startNodes()
-	for range 2 {
-		if err == nil || !c.lostPort() {
+	for tries := 1; ; tries++ {
+		err := c.startNodes()
+		if err == nil {
 			break
 		}
+		if tries == 3 || !c.lostPort() {
+			return err
+		}
 		say("another process took the port first; trying again")
-		err = c.startNodes()
-	}
-	if err != nil {
-		return err
 	}
 	for _, n := range c.nodes {
 		go c.watch(n)
@@ -403,18 +402,23 @@ func (c *cluster) startNodes() error {
 	for _, n := range c.nodes {
 		say("starting Cassandra on %s:%d", n.address, c.cqlPort)
 		if err := c.startNode(n); err != nil {
-			for _, n := range c.nodes {
-				if n.cmd != nil {
-					n.cmd.Process.Kill()
-					<-n.ended
-				}
-			}
+			c.kill()
 			return err
 		}
 	}
 	return nil
 }
 
+func (c *cluster) kill() {
+	for _, n := range c.nodes {
+		if n.cmd != nil {
+			n.cmd.Process.Kill()
+			<-n.ended
+		}
+	}
+}
+
+// takePorts chooses the ports, the same ones for every node, as one CASSANDRA_PORT has to do for all.
 func (c *cluster) takePorts() (err error) {
 	if c.cqlPort, err = c.freePort(cmp.Or(c.port, usualPort)); err != nil && c.port == 0 {
 		c.cqlPort, err = c.freePort(0)
@@ -453,7 +457,7 @@ func (c *cluster) lostPort() bool {
 func (c *cluster) watch(n *node) {
 	for {
 		<-n.ended
-		if c.reaper.isClosed() {
+		if c.reaper.closed.Load() {
 			return
 		}
 		if c.restart == 0 {
@@ -464,7 +468,7 @@ func (c *cluster) watch(n *node) {
 		time.Sleep(c.restart)
 		if err := c.startNode(n); err == nil {
 			say("the node on %s is back", n.address)
-		} else if !c.reaper.isClosed() {
+		} else if !c.reaper.closed.Load() {
 			say("%v", err)
 		}
 	}
@@ -490,11 +494,7 @@ func (c *cluster) startNode(n *node) error {
 
 // answers tells whether it is this node that answers on its port, and not one that took the port before it.
 func (c *cluster) answers(n *node) bool {
-	user := ""
-	if c.auth {
-		user = superuser
-	}
-	session, err := connect(n.address, c.cqlPort, user, user)
+	session, err := connect(n.address, c.cqlPort, superuser, superuser) // without -auth any user is let in
 	if err != nil {
 		return false
 	}
@@ -506,7 +506,7 @@ func (c *cluster) answers(n *node) bool {
 
 func (c *cluster) launch(n *node) error {
 	config := filepath.Join(n.dir, "cassandra.yaml")
-	if err := os.WriteFile(config, []byte(os.Expand(yaml, c.fill(n))), 0o600); err != nil {
+	if err := os.WriteFile(config, []byte(c.config(n)), 0o600); err != nil {
 		return err
 	}
 	out, err := os.OpenFile(n.log(), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
@@ -532,44 +532,41 @@ func (c *cluster) launch(n *node) error {
 	return c.writePids()
 }
 
-// fill returns what stands for ${name} in cassandra.yaml.
-func (c *cluster) fill(n *node) func(name string) string {
+// config fills in cassandra.yaml.
+func (c *cluster) config(n *node) string {
 	authenticator := "AllowAllAuthenticator"
 	if c.auth {
 		authenticator = "PasswordAuthenticator"
 	}
-	values := map[string]string{
-		"ADDRESS":       n.address,
-		"ANNOUNCED":     cmp.Or(c.announce, n.address),
-		"AUTHENTICATOR": authenticator,
-		"CQL_PORT":      fmt.Sprint(c.cqlPort),
-		"SEED":          fmt.Sprintf("%s:%d", c.nodes[0].address, c.storagePort),
-		"STORAGE_PORT":  fmt.Sprint(c.storagePort),
-	}
-	return func(name string) string { return values[name] }
+	return strings.NewReplacer(
+		"${ADDRESS}", n.address,
+		"${ANNOUNCED}", cmp.Or(c.announce, n.address),
+		"${AUTHENTICATOR}", authenticator,
+		"${CQL_PORT}", fmt.Sprint(c.cqlPort),
+		"${SEED}", fmt.Sprintf("%s:%d", c.nodes[0].address, c.storagePort),
+		"${STORAGE_PORT}", fmt.Sprint(c.storagePort),
+	).Replace(yaml)
 }
 
 func (c *cluster) javaArgs(n *node, config string) []string {
-	heap, ringDelay := "1G", 100 // ms; alone there is nobody to wait for
-	if c.options.nodes > 1 {
-		heap, ringDelay = "512M", 5000
+	heap := "512M"
+	timing := []string{"-Dcassandra.ring_delay_ms=5000"}
+	if c.options.nodes == 1 { // there is nobody to wait for
+		heap = "1G"
+		timing = []string{"-Dcassandra.ring_delay_ms=100", "-Dcassandra.skip_wait_for_gossip_to_settle=0"}
 	}
-	args := []string{
-		"-Xmx" + cmp.Or(os.Getenv("MAX_HEAP_SIZE"), heap),
-		"-XX:+ExitOnOutOfMemoryError",
-		"-Djava.security.manager=allow", // for Java 21
-		"-Djdk.attach.allowAttachSelf=true",
+	args := append(timing,
+		"-Dcassandra-foreground=yes",
+		"-Dcassandra.config="+(&url.URL{Scheme: "file", Path: config}).String(),
+		"-Dcassandra.storagedir="+n.dir,
+		"-Dcassandra.superuser_setup_delay_ms=0",
+		"-Dcassandra.shutdown_announce_in_ms=0",
 		"-Dorg.slf4j.simpleLogger.showDateTime=true",
 		"-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
-		"-Dcassandra-foreground=yes",
-		"-Dcassandra.config=" + (&url.URL{Scheme: "file", Path: config}).String(),
-		"-Dcassandra.storagedir=" + n.dir,
-		"-Dcassandra.superuser_setup_delay_ms=0",
-		fmt.Sprint("-Dcassandra.ring_delay_ms=", ringDelay),
-	}
-	if c.options.nodes == 1 {
-		args = append(args, "-Dcassandra.skip_wait_for_gossip_to_settle=0")
-	}
+		"-Djdk.attach.allowAttachSelf=true",
+		"-Djava.security.manager=allow", // for Java 21
+		"-XX:+ExitOnOutOfMemoryError",
+		"-Xmx"+cmp.Or(os.Getenv("MAX_HEAP_SIZE"), heap))
 	for _, name := range strings.Fields(javaExports) {
 		args = append(args, "--add-exports="+name+"=ALL-UNNAMED")
 	}
@@ -721,22 +718,16 @@ func javaHome() string {
 }
 
 func maven() string {
-	for _, path := range append([]string{"mvn"}, mavenFiles...) {
-		if mvn, err := exec.LookPath(os.ExpandEnv(path)); err == nil {
-			return mvn
-		}
-	}
-	return ""
+	mvn, _ := exec.LookPath("mvn")
+	return mvn
 }
 
 // reaper ends what the launcher started, however the launcher itself ends. It is this program once more, reading from a
 // pipe that the kernel closes when the launcher is gone, in a session that no signal to the launcher's group reaches.
 type reaper struct {
 	cmd    *exec.Cmd
-	mu     sync.Mutex
 	pipe   io.WriteCloser
-	told   bytes.Buffer
-	closed bool
+	closed atomic.Bool
 }
 
 const reaperName = "cassandra-reaper"
@@ -757,45 +748,29 @@ func startReaper() (*reaper, error) {
 
 // start starts cmd in a process group that the reaper will end.
 func (r *reaper) start(cmd *exec.Cmd) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
-		return errors.New("the launcher is ending")
-	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	r.write("end", cmd.Process.Pid)
+	if err := r.tell("end", cmd.Process.Pid); err != nil { // closed meanwhile
+		cmd.Process.Kill()
+		cmd.Wait()
+		return err
+	}
 	return nil
 }
 
 // tell has the reaper note what there is to end, or to forget as it has ended, or to remove.
-func (r *reaper) tell(verb string, what any) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.write(verb, what)
-}
-
-func (r *reaper) write(verb string, what any) {
-	fmt.Fprintln(io.MultiWriter(&r.told, r.pipe), verb, what)
-}
-
-func (r *reaper) isClosed() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.closed
+func (r *reaper) tell(verb string, what any) error {
+	_, err := fmt.Fprintln(r.pipe, verb, what)
+	return err
 }
 
 // close returns when everything has ended.
 func (r *reaper) close() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.closed = true
+	r.closed.Store(true)
 	r.pipe.Close()
-	if r.cmd.Wait() != nil { // somebody killed it
-		reap(&r.told)
-	}
+	r.cmd.Wait()
 }
 
 // reap is the life of the reaper.
