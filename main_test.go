@@ -13,19 +13,25 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gocql/gocql"
+	"github.com/google/uuid"
 )
 
 var long = flag.Bool("long", false, "also run the tests that take minutes")
@@ -397,4 +403,355 @@ func TestUserReadsBackAsItWasAnswered(t *testing.T) {
 
 // Tests of the launcher.
 
-// Benchmarks.
+// Benchmarks. Each does the same work in several ways, in turn, in one run, and
+// reports the ratios of their rates: those last, while a machine's absolute
+// figures don't. One iteration is the whole comparison, so -benchtime is 1x.
+
+// way is one way to do the work: do does it once and returns how many rows it
+// moved.
+type way struct {
+	name string
+	do   func() (rows int, err error)
+}
+
+const (
+	benchRounds = 5                      // of all ways in turn; the median counts
+	benchTime   = 400 * time.Millisecond // of one way in one round, at least
+)
+
+// compare reports the rate of each way, and its ratio to that of the first.
+func compare(b *testing.B, clients int, ways []way) {
+	b.Helper()
+	for b.Loop() {
+		rates := make([][]float64, len(ways))
+		for range benchRounds {
+			for i, w := range ways {
+				rates[i] = append(rates[i], rateOf(b, clients, w.do))
+			}
+		}
+		for i, w := range ways {
+			slices.Sort(rates[i])
+			b.ReportMetric(median(rates[i]), w.name+"/s")
+			if i > 0 {
+				b.ReportMetric(median(rates[i])/median(rates[0]), w.name+":"+ways[0].name)
+			}
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+func median(sorted []float64) float64 { return sorted[len(sorted)/2] }
+
+// rateOf runs do by so many clients at once and returns rows per second.
+func rateOf(b *testing.B, clients int, do func() (int, error)) float64 {
+	var rows atomic.Int64
+	var running sync.WaitGroup
+	start := time.Now()
+	for range clients {
+		running.Go(func() {
+			for time.Since(start) < benchTime {
+				n, err := do()
+				if err != nil {
+					b.Error(err)
+					return
+				}
+				rows.Add(int64(n))
+			}
+		})
+	}
+	running.Wait()
+	return float64(rows.Load()) / time.Since(start).Seconds()
+}
+
+// benchClient keeps a connection for each client, and reads answers to the end.
+var benchClient = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 256}}
+
+func overHTTP(method, url, body string, wantStatus int) error {
+	r, err := http.NewRequest(method, url, strings.NewReader(body))
+	if err != nil {
+		return err
+	}
+	r.Header.Set("Content-Type", "application/json")
+	answer, err := benchClient.Do(r)
+	if err != nil {
+		return err
+	}
+	defer answer.Body.Close()
+	if _, err := io.Copy(io.Discard, answer.Body); err != nil {
+		return err
+	}
+	if answer.StatusCode != wantStatus {
+		return fmt.Errorf("status = %d, want %d", answer.StatusCode, wantStatus)
+	}
+	return nil
+}
+
+// inProcess calls the real handler without a network.
+func inProcess(method, target, body string, wantStatus int) error {
+	r, err := http.NewRequest(method, target, strings.NewReader(body))
+	if err != nil {
+		return err
+	}
+	if body == "" {
+		r.Body = http.NoBody // as the server has it
+	}
+	r.Header.Set("Content-Type", "application/json")
+	w := &discardWriter{header: http.Header{}}
+	service.ServeHTTP(w, r)
+	if w.status != wantStatus {
+		return fmt.Errorf("status = %d, want %d", w.status, wantStatus)
+	}
+	return nil
+}
+
+// discardWriter is a http.ResponseWriter that keeps only the status.
+type discardWriter struct {
+	header http.Header
+	status int
+}
+
+func (w *discardWriter) Header() http.Header         { return w.header }
+func (w *discardWriter) WriteHeader(status int)      { w.status = status }
+func (w *discardWriter) Flush()                      {}
+func (w *discardWriter) Write(p []byte) (int, error) { return len(p), nil }
+
+// The naive handlers are what one would write first: no deadline, no cap, no
+// ids, no metrics, no problem answers.
+func naiveGet(w http.ResponseWriter, r *http.Request) {
+	id, err := gocql.ParseUUID(r.PathValue("id"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	u := user{ID: uuid.UUID(id)}
+	if err := global.session.Load().Query(selectUser, id).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt)); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(u)
+}
+
+func naivePost(w http.ResponseWriter, r *http.Request) {
+	var u struct {
+		Name, Email string
+		Age         int
+	}
+	if err := json.NewDecoder(r.Body).Decode(&u); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	id, at := gocql.MustRandomUUID(), time.Now()
+	if err := global.session.Load().Query(insertUser, id, u.Name, u.Email, u.Age, at, at).Exec(); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusCreated)
+	json.NewEncoder(w).Encode(map[string]any{"id": id, "name": u.Name, "email": u.Email, "age": u.Age, "created_at": at, "updated_at": at})
+}
+
+// servers starts the naive handlers and the real one over loopback HTTP.
+func servers(b *testing.B) (naive, real string) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /users/{id}", naiveGet)
+	mux.HandleFunc("POST /users", naivePost)
+	n, r := httptest.NewServer(mux), httptest.NewServer(service)
+	b.Cleanup(func() { n.Close(); r.Close() })
+	return n.URL, r.URL
+}
+
+const aBody = `{"name":"Ada Lovelace","email":"ada@example.com","age":36}`
+
+func atClients(b *testing.B, bench func(b *testing.B, clients int)) {
+	for _, clients := range []int{1, 32, 128} {
+		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) { bench(b, clients) })
+	}
+}
+
+func BenchmarkReads(b *testing.B) {
+	naive, real := servers(b)
+	id := aUser(b).ID
+	parsed := gocql.UUID(uuid.MustParse(id))
+	db := global.session.Load()
+	atClients(b, func(b *testing.B, clients int) {
+		compare(b, clients, []way{
+			{"bare", func() (int, error) {
+				var u user
+				return 1, db.Query(selectUser, parsed).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt))
+			}},
+			{"handler", func() (int, error) { return 1, inProcess("GET", "/users/"+id, "", 200) }},
+			{"naive", func() (int, error) { return 1, overHTTP("GET", naive+"/users/"+id, "", 200) }},
+			{"http", func() (int, error) { return 1, overHTTP("GET", real+"/users/"+id, "", 200) }},
+		})
+	})
+}
+
+func BenchmarkCreates(b *testing.B) {
+	naive, real := servers(b)
+	db := global.session.Load()
+	atClients(b, func(b *testing.B, clients int) {
+		compare(b, clients, []way{
+			{"bare", func() (int, error) {
+				at := time.Now()
+				return 1, db.Query(insertUser, gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, at, at).Exec()
+			}},
+			{"handler", func() (int, error) { return 1, inProcess("POST", "/users", aBody, 201) }},
+			{"naive", func() (int, error) { return 1, overHTTP("POST", naive+"/users", aBody, 201) }},
+			{"http", func() (int, error) { return 1, overHTTP("POST", real+"/users", aBody, 201) }},
+		})
+	})
+}
+
+// BenchmarkUpdates changes one of many users at a time: lightweight transactions
+// on the same one would wait for each other.
+func BenchmarkUpdates(b *testing.B) {
+	_, real := servers(b)
+	var ids []string
+	for range 1000 {
+		ids = append(ids, aUser(b).ID)
+	}
+	one := func() string { return ids[rand.IntN(len(ids))] }
+	db := global.session.Load()
+	atClients(b, func(b *testing.B, clients int) {
+		compare(b, clients, []way{
+			{"bare", func() (int, error) {
+				id := gocql.UUID(uuid.MustParse(one()))
+				if _, err := db.Query(updateUser, "Ada", "ada@example.com", 36, time.Now(), id).ScanCAS(); err != nil {
+					return 0, err
+				}
+				var u user
+				return 1, db.Query(selectUser, id).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt))
+			}},
+			{"handler", func() (int, error) { return 1, inProcess("PUT", "/users/"+one(), aBody, 200) }},
+			{"http", func() (int, error) { return 1, overHTTP("PUT", real+"/users/"+one(), aBody, 200) }},
+		})
+	})
+}
+
+func BenchmarkLists(b *testing.B) {
+	_, real := servers(b)
+	loadUsers(b, 100_000)
+	atClients(b, func(b *testing.B, clients int) {
+		compare(b, clients, []way{
+			{"bare", func() (int, error) { return bareScan(100, 1) }},
+			{"handler", func() (int, error) { return 100, inProcess("GET", "/users?limit=100", "", 200) }},
+			{"http", func() (int, error) { return 100, overHTTP("GET", real+"/users?limit=100", "", 200) }},
+		})
+	})
+}
+
+func BenchmarkBatches(b *testing.B) {
+	_, real := servers(b)
+	body := "[" + strings.TrimSuffix(strings.Repeat(aBody+",", maxBatch), ",") + "]"
+	db := global.session.Load()
+	atClients(b, func(b *testing.B, clients int) {
+		compare(b, min(clients, 32), []way{
+			{"bare", func() (int, error) {
+				batch := db.NewBatch(gocql.LoggedBatch)
+				for range maxBatch {
+					batch.Query(insertUser, gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now())
+				}
+				return maxBatch, db.ExecuteBatch(batch)
+			}},
+			{"handler", func() (int, error) { return maxBatch, inProcess("POST", "/users/batch", body, 201) }},
+			{"http", func() (int, error) { return maxBatch, overHTTP("POST", real+"/users/batch", body, 201) }},
+		})
+	})
+}
+
+// BenchmarkStreams reads whole tables, of a million users with -long.
+func BenchmarkStreams(b *testing.B) {
+	_, real := servers(b)
+	sizes := []int{100_000}
+	if *long {
+		sizes = append(sizes, 1_000_000)
+	}
+	for _, size := range sizes {
+		loadUsers(b, size)
+		for _, fetchSize := range []int{100, 1000, 5000} {
+			b.Run(fmt.Sprintf("users=%d/page=%d", size, fetchSize), func(b *testing.B) {
+				target := fmt.Sprintf("/users/stream?fetch_size=%d", fetchSize)
+				compare(b, 1, []way{
+					{"bare", func() (int, error) { return bareScan(fetchSize, math.MaxInt32) }},
+					{"handler", func() (int, error) { return size, inProcess("GET", target, "", 200) }},
+					{"http", func() (int, error) { return size, overHTTP("GET", real+target, "", 200) }},
+				})
+				reportMemory(b, func() int { inProcess("GET", target, "", 200); return size })
+			})
+		}
+	}
+}
+
+// reportMemory reports what a row costs in allocations, and the highest heap
+// seen while do ran.
+func reportMemory(b *testing.B, do func() (rows int)) {
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	done, highest := make(chan struct{}), make(chan uint64)
+	go func() {
+		var high uint64
+		for {
+			select {
+			case <-done:
+				highest <- high
+				return
+			case <-time.After(5 * time.Millisecond):
+				high = max(high, memoryBytes())
+			}
+		}
+	}()
+	rows := do()
+	close(done)
+	runtime.ReadMemStats(&after)
+	b.ReportMetric(float64(after.Mallocs-before.Mallocs)/float64(rows), "allocs/row")
+	b.ReportMetric(float64(<-highest)/(1<<20), "peak-MB")
+}
+
+// bareScan reads so many pages of the users table with nothing but the driver.
+func bareScan(pageSize, pages int) (rows int, err error) {
+	var id gocql.UUID
+	var name, email string
+	var age int
+	var created, updated time.Time
+	it := global.session.Load().Query(`SELECT id, name, email, age, created_at, updated_at FROM users`).PageSize(pageSize).Iter()
+	for rows < pageSize*pages && it.Scan(&id, &name, &email, &age, &created, &updated) {
+		rows++
+	}
+	return rows, it.Close()
+}
+
+// loadUsers makes the table of the shared keyspace hold exactly n users.
+func loadUsers(b testing.TB, n int) {
+	if err := admin.Query(`TRUNCATE "` + global.cluster.keyspace + `".users`).Exec(); err != nil {
+		b.Fatal(err)
+	}
+	var next atomic.Int64
+	var loading sync.WaitGroup
+	for range 64 {
+		loading.Go(func() {
+			for i := next.Add(1); i <= int64(n); i = next.Add(1) {
+				at := now()
+				u := user{ID: uuid.New(), Name: fmt.Sprintf("User %d", i), Email: fmt.Sprintf("user%d@example.com", i), Age: int(i % 100), CreatedAt: at, UpdatedAt: at}
+				if err := createUser(b.Context(), u); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	loading.Wait()
+}
+
+// BenchmarkCounting shows what the metrics cost a request: one query, one
+// route, both with their histograms.
+func BenchmarkCounting(b *testing.B) {
+	stats := statsOf("GET /benchmark")
+	b.ReportAllocs()
+	for b.Loop() {
+		at := time.Now()
+		countQuery(at, at.Add(time.Millisecond), nil)
+		stats.count(200, time.Millisecond)
+	}
+}
