@@ -1,15 +1,16 @@
-// Command cassandra starts a real Cassandra 5.0 without Docker, runs COMMAND against it, and leaves nothing behind.
-// It needs Java 17 or 21 and Maven, and as root on Debian or Ubuntu installs them itself.
+// Command cassandra runs COMMAND against a real Cassandra, without Docker:
 //
 //	go run ./cassandra [flags] [COMMAND …]
 //
-// Without flags COMMAND runs against a Cassandra that is there already: the one that CASSANDRA_HOSTS names, or else the
-// one that answers on localhost:9042. Failing that, and with any flag, it gets one of its own, without COMMAND until
-// Ctrl-C. COMMAND finds it by CASSANDRA_HOSTS and CASSANDRA_PORT, with -nodes also CASSANDRA_REPLICATION, with -auth also
-// CASSANDRA_USERNAME and CASSANDRA_PASSWORD. MAX_HEAP_SIZE sets a node's heap (1G alone, 512M in a cluster).
+// If CASSANDRA_HOSTS names a Cassandra, or one answers on localhost:9042, that is used. Failing that, and with any flag,
+// it starts a Cassandra 5.0 of its own, on port 9042 or another, with Java 17 or 21 and Maven, which it installs on Debian
+// and Ubuntu as root; without COMMAND that runs until Ctrl-C. COMMAND finds it by CASSANDRA_HOSTS and CASSANDRA_PORT, with
+// -nodes also CASSANDRA_REPLICATION, with -auth also CASSANDRA_USERNAME and CASSANDRA_PASSWORD. MAX_HEAP_SIZE sets the
+// heap of a node (1G alone, 512M in a cluster).
 //
-// SIGINT, SIGTERM and SIGHUP are passed on to the process group of COMMAND. The exit status is COMMAND's, or 128+n if
-// signal n ended it. COMMAND can read what is piped to the launcher, but not from the terminal.
+// SIGINT, SIGTERM and SIGHUP are passed on to COMMAND, and its exit status is the launcher's, 128+n if signal n ended it.
+// COMMAND can read what is piped to the launcher, but not from the terminal. However the launcher ends, it leaves no
+// process and no temporary file behind.
 package main
 
 import (
@@ -210,6 +211,7 @@ func connect(host string, port int, user, password string) (*gocql.Session, erro
 	cluster := gocql.NewCluster(host)
 	cluster.Port = port
 	cluster.ProtoVersion = 4
+	cluster.ConnectTimeout = 2 * time.Second // what listens there may not be a Cassandra at all
 	cluster.NumConns = 1
 	cluster.DisableInitialHostLookup = true // it would go on to the address that the node announces
 	cluster.Logger = log.New(io.Discard, "", 0)
@@ -237,7 +239,7 @@ func (l *launcher) runOwn() (status int) {
 		return 1
 	}
 
-	defer say("stopping")
+	defer say("stopping") // the reaper does it
 	if len(l.command) > 0 {
 		return l.runCommand(c.settings())
 	}
@@ -253,7 +255,7 @@ func (l *launcher) runOwn() (status int) {
 // in it would get each signal twice.
 func (l *launcher) runCommand(settings []string) (status int) {
 	if len(l.command) == 0 {
-		return 0
+		return 0 // the Cassandra is there, and nobody's to stop
 	}
 	cmd := exec.Command(l.command[0], l.command[1:]...)
 	cmd.Env = append(os.Environ(), settings...)
@@ -349,15 +351,13 @@ func (c *cluster) start() error {
 		return err
 	}
 	began := time.Now()
-	for tries := 1; ; tries++ {
-		err := c.startNodes()
-		if err == nil {
-			break
-		}
-		if tries == 3 || !c.lostPort() {
-			return err
-		}
-		say("another process took the port first; trying again")
+	err := c.startNodes(usualPort, usualStoragePort)
+	for tries := 1; err != nil && tries < 3 && c.lostPort(); tries++ {
+		say("another process took the port first; trying others")
+		err = c.startNodes(0, 0)
+	}
+	if err != nil {
+		return err
 	}
 	for _, n := range c.nodes {
 		go c.watch(n)
@@ -395,8 +395,8 @@ func (c *cluster) makeFolders() (err error) {
 }
 
 // startNodes starts one node after another: nodes that join at the same moment trip over each other.
-func (c *cluster) startNodes() error {
-	if err := c.takePorts(); err != nil {
+func (c *cluster) startNodes(port, storagePort int) error {
+	if err := c.takePorts(port, storagePort); err != nil {
 		return err
 	}
 	for _, n := range c.nodes {
@@ -409,6 +409,7 @@ func (c *cluster) startNodes() error {
 	return nil
 }
 
+// kill clears the way for another try.
 func (c *cluster) kill() {
 	for _, n := range c.nodes {
 		if n.cmd != nil {
@@ -418,15 +419,16 @@ func (c *cluster) kill() {
 	}
 }
 
-// takePorts chooses the ports, the same ones for every node, as one CASSANDRA_PORT has to do for all.
-func (c *cluster) takePorts() (err error) {
-	if c.cqlPort, err = c.freePort(cmp.Or(c.port, usualPort)); err != nil && c.port == 0 {
+// takePorts chooses the two ports, the same for every node, as one CASSANDRA_PORT has to do for all. Only a port that
+// a flag asks for can't be replaced by another.
+func (c *cluster) takePorts(port, storagePort int) (err error) {
+	if c.cqlPort, err = c.freePort(cmp.Or(c.port, port)); err != nil && c.port == 0 {
 		c.cqlPort, err = c.freePort(0)
 	}
 	if err != nil {
 		return err
 	}
-	if c.storagePort, err = c.freePort(usualStoragePort); err != nil {
+	if c.storagePort, err = c.freePort(storagePort); err != nil {
 		c.storagePort, err = c.freePort(0)
 	}
 	return err
@@ -504,6 +506,7 @@ func (c *cluster) answers(n *node) bool {
 	return err == nil && dir == n.dir
 }
 
+// launch starts the process of a node, now or again.
 func (c *cluster) launch(n *node) error {
 	config := filepath.Join(n.dir, "cassandra.yaml")
 	if err := os.WriteFile(config, []byte(c.config(n)), 0o600); err != nil {
@@ -565,6 +568,9 @@ func (c *cluster) javaArgs(n *node, config string) []string {
 		"-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
 		"-Djdk.attach.allowAttachSelf=true",
 		"-Djava.security.manager=allow", // for Java 21
+		"-Djava.io.tmpdir="+n.dir, // a killed node can't remove the libraries it unpacked there
+		"-Djna.tmpdir="+n.dir,
+		"-XX:+PerfDisableSharedMem",
 		"-XX:+ExitOnOutOfMemoryError",
 		"-Xmx"+cmp.Or(os.Getenv("MAX_HEAP_SIZE"), heap))
 	for _, name := range strings.Fields(javaExports) {
@@ -680,21 +686,23 @@ func find(what string, look func() string, packages ...string) (string, error) {
 	}
 	apt, err := exec.LookPath("apt-get")
 	if err != nil || os.Geteuid() != 0 {
-		return "", fmt.Errorf("%s is not here.\n%s", what, howToInstall)
+		return "", fmt.Errorf("%s was not found.\n%s", what, howToInstall)
 	}
-	say("%s is not here; installing it with apt-get", what)
-	out, err := exec.Command(apt, "update").CombinedOutput()
-	for _, name := range packages { // the first that this release has
-		install := exec.Command(apt, "install", "-y", "--no-install-recommends", name)
-		install.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
-		if out, err = install.CombinedOutput(); err == nil {
+	say("%s was not found; installing it with apt-get", what)
+	said, _ := exec.Command(apt, "update").CombinedOutput()
+	for _, name := range packages { // until one is in this release
+		cmd := exec.Command(apt, "install", "-y", "--no-install-recommends", name)
+		cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+		out, err := cmd.CombinedOutput()
+		if err == nil {
 			break
 		}
+		said = append(said, out...)
 	}
 	if path := look(); path != "" {
 		return path, nil
 	}
-	return "", fmt.Errorf("apt-get failed: %v\n%s\n%s", err, out, howToInstall)
+	return "", fmt.Errorf("apt-get failed:\n%s\n%s", said, howToInstall)
 }
 
 // javaHome returns the home of the first Java that can run Cassandra, or "". The java on the PATH is often another.
@@ -776,13 +784,15 @@ func (r *reaper) close() {
 // reap is the life of the reaper.
 func reap(orders io.Reader) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	groups, paths := map[string]bool{}, []string{}
+	groups, paths := map[int]bool{}, []string{}
 	for lines := bufio.NewScanner(orders); lines.Scan(); {
-		switch verb, what, _ := strings.Cut(lines.Text(), " "); verb {
+		verb, what, _ := strings.Cut(lines.Text(), " ")
+		pid, _ := strconv.Atoi(what)
+		switch verb {
 		case "end":
-			groups[what] = true
+			groups[pid] = true
 		case "forget":
-			delete(groups, what)
+			delete(groups, pid)
 		case "remove":
 			paths = append(paths, what)
 		}
@@ -797,23 +807,20 @@ func reap(orders io.Reader) {
 	}
 }
 
-// endGroup asks a process group to end, and makes it end.
-func endGroup(id string) {
-	group, err := strconv.Atoi(id)
-	if err != nil {
-		return
-	}
-	syscall.Kill(-group, syscall.SIGTERM)
-	syscall.Kill(-group, syscall.SIGCONT) // a stopped process hears nothing
-	for deadline := time.Now().Add(stopTimeout); syscall.Kill(-group, 0) == nil; time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			syscall.Kill(-group, syscall.SIGKILL)
-			return
+// endGroup asks a process group to end, and then makes it end.
+func endGroup(group int) {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		syscall.Kill(-group, sig)
+		syscall.Kill(-group, syscall.SIGCONT) // a stopped process would not hear of it
+		for deadline := time.Now().Add(stopTimeout); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+			if syscall.Kill(-group, 0) != nil {
+				return
+			}
 		}
 	}
 }
 
-// say reports on standard error, where it is not taken for COMMAND's output.
+// say reports on standard error: standard output is COMMAND's.
 func say(format string, args ...any) {
 	fmt.Fprintf(os.Stderr, "cassandra: "+format+"\n", args...)
 }
