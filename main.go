@@ -500,10 +500,19 @@ func (w *recorder) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-func (w *recorder) Write(p []byte) (int, error) {
+// Write writes in pieces, each with writeTimeout of its own: a slow reader gets
+// megabytes whole.
+func (w *recorder) Write(p []byte) (written int, err error) {
 	w.status = cmp.Or(w.status, http.StatusOK)
-	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
-	return w.ResponseWriter.Write(p)
+	control := http.NewResponseController(w.ResponseWriter)
+	for piece := range slices.Chunk(p, writeSize) {
+		control.SetWriteDeadline(time.Now().Add(writeTimeout))
+		n, err := w.ResponseWriter.Write(piece)
+		if written += n; err != nil {
+			return written, err
+		}
+	}
+	return written, nil
 }
 
 // finish answers the handler's error, logs it if it is not the client's, and
@@ -593,7 +602,7 @@ func asProblem(r *http.Request, err error) *problem {
 	isWrite := isQuery && failed.kind != read
 	cause := context.Cause(r.Context())
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case !isQuery && errors.Is(err, os.ErrDeadlineExceeded):
 		return &problem{Status: http.StatusRequestTimeout, Detail: "The client took nothing for too long"}
 	case cause != nil && cause != errShutdown:
 		return &problem{Status: statusClientLeft}

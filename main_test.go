@@ -72,6 +72,7 @@ func runTests(m *testing.M) int {
 	}
 	defer admin.Close()
 	defer dropKeyspace(keyspace)
+	defer dropKeyspace(crowd.keyspace)
 	service = newRouter(cfg.maxInFlight)
 	return m.Run()
 }
@@ -89,6 +90,82 @@ func newKeyspace(t testing.TB) string {
 	name := newKeyspaceName()
 	t.Cleanup(func() { dropKeyspace(name) })
 	return name
+}
+
+// useKeyspace makes the handler in process serve another keyspace for a test.
+func useKeyspace(t testing.TB, name string) *session {
+	t.Helper()
+	c := global.cluster
+	c.keyspace = name
+	db, err := c.open(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	usual := global.session.Load()
+	s := &session{Session: db, number: usual.number}
+	global.session.Store(s)
+	t.Cleanup(func() {
+		global.session.Store(usual)
+		closeSession(db)
+	})
+	return s
+}
+
+// insertUsers writes n users past the service and returns their ages by id.
+// Their names have 100 characters: a thousand are a quarter of a megabyte.
+func insertUsers(t testing.TB, db *session, n int, age func(i int) int) map[string]int {
+	t.Helper()
+	var next atomic.Int64
+	var failure atomic.Value
+	ids := make([]uuid.UUID, n)
+	var writers sync.WaitGroup
+	for range 64 {
+		writers.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n && failure.Load() == nil; i = int(next.Add(1)) - 1 {
+				u := user{ID: uuid.New(), Name: fmt.Sprintf("%0100d", i), Email: fmt.Sprintf("user%d@example.com", i), Age: age(i), CreatedAt: now(), UpdatedAt: now()}
+				ids[i] = u.ID
+				if err := db.Query(insertUser, u.columns()...).Exec(); err != nil {
+					failure.Store(err)
+				}
+			}
+		})
+	}
+	writers.Wait()
+	if err := failure.Load(); err != nil {
+		t.Fatal(err)
+	}
+	ages := make(map[string]int, n)
+	for i, id := range ids {
+		ages[id.String()] = age(i)
+	}
+	return ages
+}
+
+// crowd is a keyspace of 12 000 users that some tests read and none changes.
+var crowd = struct {
+	keyspace string
+	once     sync.Once
+	ages     map[string]int // by id; 120 users of each age from 0 to 99
+}{keyspace: newKeyspaceName() + "_crowd"}
+
+// useCrowd makes the handler in process serve the crowd, and returns it.
+func useCrowd(t testing.TB) map[string]int {
+	t.Helper()
+	db := useKeyspace(t, crowd.keyspace)
+	crowd.once.Do(func() { crowd.ages = insertUsers(t, db, 12_000, func(i int) int { return i % 100 }) })
+	return crowd.ages
+}
+
+// listen puts the handler in process behind a real listener, as run does.
+func listen(t testing.TB) (url string) {
+	server := httptest.NewUnstartedServer(service)
+	server.Config.ConnContext = limitSendBuffer
+	server.Start()
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return server.URL
 }
 
 // needsLong skips a test that takes minutes unless -long is given.
@@ -248,6 +325,8 @@ type proxy struct {
 	target   string
 	mu       sync.Mutex
 	silent   bool
+	credit   int        // bytes that still pass
+	changed  *sync.Cond // the credit
 	conns    map[net.Conn]bool
 }
 
@@ -258,7 +337,8 @@ func startProxy(t testing.TB, target string) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &proxy{listener: listener, target: target, conns: map[net.Conn]bool{}}
+	p := &proxy{listener: listener, target: target, credit: math.MaxInt, conns: map[net.Conn]bool{}}
+	p.changed = sync.NewCond(&p.mu)
 	t.Cleanup(func() { listener.Close(); p.cut() })
 	go func() {
 		for {
@@ -292,6 +372,10 @@ func (p *proxy) pump(from, to net.Conn) {
 			return
 		}
 		p.mu.Lock()
+		for p.credit <= 0 {
+			p.changed.Wait()
+		}
+		p.credit -= n
 		silent := p.silent
 		p.mu.Unlock()
 		if silent {
@@ -303,8 +387,18 @@ func (p *proxy) pump(from, to net.Conn) {
 	}
 }
 
+// holdAfter lets about n more bytes pass and holds back all others until it is
+// called again, or the connections are cut.
+func (p *proxy) holdAfter(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.credit = n
+	p.changed.Broadcast()
+}
+
 // cut breaks all connections; new ones may be made.
 func (p *proxy) cut() {
+	defer p.holdAfter(math.MaxInt)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for conn := range p.conns {
@@ -391,7 +485,455 @@ func TestUserReadsBackAsItWasAnswered(t *testing.T) {
 	}
 }
 
+// batchJSON is the answer of POST /users/batch as a client sees it.
+type batchJSON struct {
+	Count   int        `json:"count"`
+	Created []userJSON `json:"created"`
+}
+
+// batchOf is the body of a batch of n users with a name and an email made by text.
+func batchOf(n int, text func(i int) (name, email string)) string {
+	elements := make([]string, n)
+	for i := range elements {
+		name, email := text(i)
+		elements[i] = fmt.Sprintf(`{"name":%q,"email":%q,"age":%d}`, name, email, i)
+	}
+	return "[" + strings.Join(elements, ",") + "]"
+}
+
+func shortText(i int) (name, email string) {
+	return fmt.Sprintf("Ada %d", i), fmt.Sprintf("ada%d@example.com", i)
+}
+
+// textOf returns a name of at most 100 characters, of four bytes each where
+// they must be, and an email that have size bytes together.
+func textOf(size int) (name, email string) {
+	const domain = "@example.com"
+	inEmail := min(size-1, maxEmail)
+	inName := size - inEmail
+	return strings.Repeat("𝔸", inName/4) + strings.Repeat("A", inName%4), strings.Repeat("e", inEmail-len(domain)) + domain
+}
+
+func TestBatchAnswersInTheOrderGiven(t *testing.T) {
+	for _, n := range []int{1, maxBatch} {
+		answer := decode[batchJSON](t, call(t, "POST", "/users/batch", batchOf(n, shortText), jsonHeader), http.StatusCreated)
+		if answer.Count != n || len(answer.Created) != n {
+			t.Fatalf("count = %d with %d users, want %d", answer.Count, len(answer.Created), n)
+		}
+		for i, u := range answer.Created {
+			name, email := shortText(i)
+			if u.Name != name || u.Email != email || u.Age != i {
+				t.Errorf("created[%d] = %+v, want %s", i, u, name)
+			}
+			if got := decode[userJSON](t, call(t, "GET", "/users/"+u.ID, ""), http.StatusOK); got != u {
+				t.Errorf("GET answers %+v, the batch answered %+v", got, u)
+			}
+		}
+	}
+}
+
+func TestBatchThatIsRefusedWritesNothing(t *testing.T) {
+	atLimits := func(int) (name, email string) { return textOf(4*maxName + maxEmail) }
+	number, size := fill(maxBatchBytes + 1)
+	tests := []struct {
+		name, body string
+		status     int
+		want       string
+	}{
+		{"the last of 100 is invalid", strings.Replace(batchOf(100, shortText), `"age":99`, `"age":151`, 1), 422, `"errors":[{"pointer":"/99/age","detail":"must be from 0 to 150"}]`},
+		{"two are invalid", `[{"name":"A","email":"a@b.c","age":1},{"name":"","email":"a@b.c","age":1},7]`, 422, `"errors":[{"pointer":"/1/name","detail":"must be text of 1 to 100 characters, not blank"},{"pointer":"/2","detail":"must be an object with name, email and age"}]`},
+		{"none", `[]`, 422, `"errors":[{"pointer":"","detail":"must be an array of 1 to 100 users"}]`},
+		{"101", batchOf(101, shortText), 422, `"errors":[{"pointer":"","detail":"must be an array of 1 to 100 users"}]`},
+		{"100 at the limits of their fields", batchOf(100, atLimits), 413, `"detail":"The users of a batch may have 48000 bytes in all, these have 82400 (170 a user besides name and email); send them in several"`},
+		{"one byte too many", batchOf(number, size), 413, `"detail":"The users of a batch may have 48000 bytes in all, these have 48001 (170 a user besides name and email); send them in several"`},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			before := counters.queries.Load()
+			w := call(t, "POST", "/users/batch", tt.body, jsonHeader)
+			if w.Code != tt.status || !strings.Contains(w.Body.String(), tt.want) {
+				t.Errorf("answer %d %s, want %d with %s", w.Code, w.Body, tt.status, tt.want)
+			}
+			if sent := counters.queries.Load() - before; sent != 0 {
+				t.Errorf("%d requests to Cassandra, want none", sent)
+			}
+		})
+	}
+}
+
+// fill returns how many of the largest users fill a batch of size bytes, and
+// their text; the last one has what is left.
+func fill(size int) (n int, text func(i int) (name, email string)) {
+	const largest = 4*maxName + maxEmail
+	n = (size + userOverhead + largest - 1) / (userOverhead + largest)
+	return n, func(i int) (name, email string) {
+		if i == n-1 {
+			return textOf(size - n*userOverhead - (n-1)*largest)
+		}
+		return textOf(largest)
+	}
+}
+
+// Cassandra counts sizes in its own way: what is allowed must be less than what
+// it refuses, whatever the users look like.
+func TestLargestBatchIsTakenByCassandra(t *testing.T) {
+	few, largest := fill(maxBatchBytes)
+	tests := []struct {
+		name string
+		n    int
+		text func(i int) (name, email string)
+	}{
+		{"as few users as can be", few, largest},
+		{"100 users", maxBatch, func(int) (string, string) { return textOf(maxBatchBytes/maxBatch - userOverhead) }},
+		{"small ones and large ones", maxBatch, func(i int) (string, string) { return textOf(32 + i%2*2*(maxBatchBytes/maxBatch-userOverhead-32)) }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			size := 0
+			for i := range tt.n {
+				name, email := tt.text(i)
+				size += user{Name: name, Email: email}.bytes()
+			}
+			if size != maxBatchBytes {
+				t.Fatalf("the batch has %d bytes, want %d", size, maxBatchBytes)
+			}
+			answer := decode[batchJSON](t, call(t, "POST", "/users/batch", batchOf(tt.n, tt.text), jsonHeader), http.StatusCreated)
+			if answer.Count != tt.n {
+				t.Errorf("count = %d, want %d", answer.Count, tt.n)
+			}
+		})
+	}
+}
+
 // Tests of stream.go.
+
+// pageJSON is the answer of GET /users/stream/pages as a client sees it.
+type pageJSON struct {
+	Users     []userJSON `json:"users"`
+	HasMore   bool       `json:"has_more"`
+	PageState *string    `json:"page_state"`
+}
+
+// walkPages follows the page states from query on, with one fetch size after
+// the other, and returns all users.
+func walkPages(t testing.TB, query string, fetchSizes ...int) (all []userJSON) {
+	t.Helper()
+	for i := 0; ; i++ {
+		size := fetchSizes[i%len(fetchSizes)]
+		w := call(t, "GET", fmt.Sprintf("/users/stream/pages?%s&fetch_size=%d", query, size), "")
+		p := decode[pageJSON](t, w, http.StatusOK)
+		if len(p.Users) > size || p.Users == nil || p.HasMore != (p.PageState != nil) {
+			t.Fatalf("%d users at fetch_size %d, has_more %t, page_state %v", len(p.Users), size, p.HasMore, p.PageState)
+		}
+		if all = append(all, p.Users...); !p.HasMore {
+			if link := w.Header().Get("Link"); link != "" {
+				t.Errorf("Link = %q at the end", link)
+			}
+			return all
+		}
+		query = "page_state=" + *p.PageState
+		if link, want := w.Header().Get("Link"), fmt.Sprintf(`</users/stream/pages?fetch_size=%d&%s>; rel="next"`, size, query); link != want {
+			t.Errorf("Link = %q, want %q", link, want)
+		}
+	}
+}
+
+// walkList follows the Links of GET /users and returns all users.
+func walkList(t testing.TB) (all []userJSON) {
+	t.Helper()
+	for target := "/users?limit=100"; target != ""; {
+		w := call(t, "GET", target, "")
+		all = append(all, decode[[]userJSON](t, w, http.StatusOK)...)
+		target, _ = strings.CutPrefix(w.Header().Get("Link"), "<")
+		target, _, _ = strings.Cut(target, ">")
+	}
+	return all
+}
+
+// stream returns all users of GET /users/stream.
+func stream(t testing.TB, query string) []userJSON {
+	t.Helper()
+	return decode[[]userJSON](t, call(t, "GET", "/users/stream?"+query, ""), http.StatusOK)
+}
+
+// checkOnce fails unless the users are those of the crowd at least minAge old,
+// each once.
+func checkOnce(t testing.TB, users []userJSON, minAge int) {
+	t.Helper()
+	seen := map[string]bool{}
+	for _, u := range users {
+		if age, known := crowd.ages[u.ID]; !known || age != u.Age || age < minAge || seen[u.ID] {
+			t.Fatalf("%+v: known %t, of age %d, at least %d wanted, seen before %t", u, known, age, minAge, seen[u.ID])
+		}
+		seen[u.ID] = true
+	}
+	want := 0
+	for _, age := range crowd.ages {
+		if age >= minAge {
+			want++
+		}
+	}
+	if len(users) != want {
+		t.Errorf("%d users, want %d", len(users), want)
+	}
+}
+
+func TestEveryUserComesOnce(t *testing.T) {
+	useCrowd(t)
+	t.Run("stream", func(t *testing.T) { checkOnce(t, stream(t, ""), 0) })
+	t.Run("pages of changing sizes", func(t *testing.T) {
+		checkOnce(t, walkPages(t, "", 1000, 1, 999, 70, 5000), 0)
+	})
+	t.Run("lists", func(t *testing.T) { checkOnce(t, walkList(t), 0) })
+	for _, age := range []int{1, 90, 99, 150} {
+		t.Run(fmt.Sprintf("of age %d and older", age), func(t *testing.T) {
+			checkOnce(t, stream(t, fmt.Sprintf("fetch_size=500&age_filter=%d", age)), age)
+			checkOnce(t, walkPages(t, fmt.Sprintf("age_filter=%d", age), 1000, 100), age)
+		})
+	}
+}
+
+func TestNDJSONEqualsTheArray(t *testing.T) {
+	useCrowd(t)
+	for _, query := range []string{"", "?age_filter=150", "?limit=1"} {
+		array := call(t, "GET", "/users/stream"+query, "")
+		lines := call(t, "GET", "/users/stream"+query, "", "Accept: application/x-ndjson")
+		want := strings.ReplaceAll(strings.Trim(array.Body.String(), "[]\n"), "},{", "}\n{") + "\n"
+		if want == "\n" {
+			want = ""
+		}
+		if lines.Body.String() != want {
+			t.Errorf("%s: NDJSON of %d bytes differs from the array of %d bytes", query, lines.Body.Len(), array.Body.Len())
+		}
+		if got := lines.Header().Get("Content-Type") + array.Header().Get("Content-Type"); got != ndjson+"application/json" {
+			t.Errorf("%s: types %s", query, got)
+		}
+		if lines.Header().Get("Vary") != "Accept" || array.Header().Get("Vary") != "Accept" {
+			t.Errorf("%s: without Vary: Accept", query)
+		}
+	}
+}
+
+func TestLimitIsExact(t *testing.T) {
+	useCrowd(t)
+	tests := []struct{ limit, fetchSize, minAge, want int }{
+		{1, 1000, 0, 1},
+		{1, 1, 0, 1},
+		{999, 1000, 0, 999},
+		{1000, 1000, 0, 1000},
+		{2000, 1000, 0, 2000},
+		{2001, 1000, 0, 2001},
+		{20_000, 5000, 0, 12_000},
+		{500, 100, 50, 500},
+		{7, 3, 90, 7},
+		{1200, 100, 90, 1200},
+		{5000, 100, 99, 120},
+	}
+	for _, tt := range tests {
+		query := fmt.Sprintf("limit=%d&age_filter=%d", tt.limit, tt.minAge)
+		t.Run(fmt.Sprintf("%s&fetch_size=%d", query, tt.fetchSize), func(t *testing.T) {
+			streamed := stream(t, fmt.Sprintf("%s&fetch_size=%d", query, tt.fetchSize))
+			walked := walkPages(t, query, tt.fetchSize)
+			if len(streamed) != tt.want || !slices.Equal(streamed, walked) {
+				t.Errorf("%d users streamed, %d walked, want the same %d", len(streamed), len(walked), tt.want)
+			}
+		})
+	}
+}
+
+// startBehindProxy runs the service over the crowd, with a proxy to fail it.
+func startBehindProxy(t *testing.T) (*process, *proxy) {
+	t.Helper()
+	useCrowd(t)
+	p := startProxy(t, cassandraAddress())
+	s := startService(t, append(p.settings(), "CASSANDRA_KEYSPACE="+crowd.keyspace)...)
+	s.awaitHealthy(t, 15*time.Second)
+	return s, p
+}
+
+const crowdPage = 250_000 // bytes, less than 1000 users of the crowd take in JSON, more than from Cassandra
+
+func TestFirstUsersComeAfterOnePage(t *testing.T) {
+	s, p := startBehindProxy(t)
+	p.holdAfter(crowdPage)
+	answer, err := http.Get(s.url + "/users/stream?fetch_size=1000&limit=11000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	users := json.NewDecoder(answer.Body)
+	users.Token()
+	for range 1000 { // would wait for ever if this took the second page
+		if err := users.Decode(new(userJSON)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.holdAfter(math.MaxInt)
+	rest := 0
+	for ; users.More(); rest++ {
+		if err := users.Decode(new(userJSON)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if rest != 10_000 {
+		t.Errorf("%d users after the first page, want 10000", rest)
+	}
+}
+
+// streamByCurl starts a real curl that streams into a file, and returns once
+// the first page is there.
+func streamByCurl(t *testing.T, url string, args ...string) (curl *exec.Cmd, file string) {
+	t.Helper()
+	file = filepath.Join(t.TempDir(), "users")
+	curl = exec.Command("curl", append(args, "--silent", "--no-buffer", "--output", file, url)...)
+	if err := curl.Start(); err != nil {
+		t.Fatal(err)
+	}
+	arrived := func() bool {
+		info, err := os.Stat(file)
+		return err == nil && info.Size() >= crowdPage
+	}
+	if !waitUntil(arrived, 15*time.Second) {
+		curl.Process.Kill()
+		t.Fatal("no first page within 15 s")
+	}
+	return curl, file
+}
+
+// checkCut fails unless curl saw that its stream was cut, and NDJSON ends in a
+// problem.
+func checkCut(t *testing.T, curl *exec.Cmd, file string, isNDJSON bool) {
+	t.Helper()
+	curl.Wait()
+	if code := curl.ProcessState.ExitCode(); code != 18 {
+		t.Errorf("curl exits %d, want 18: partial file", code)
+	}
+	body, _ := os.ReadFile(file)
+	if !isNDJSON {
+		if json.Valid(body) {
+			t.Errorf("what came of the array is valid JSON")
+		}
+		return
+	}
+	lines := strings.Split(strings.TrimSuffix(string(body), "\n"), "\n")
+	var p problem
+	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &p); err != nil || p.Status != http.StatusServiceUnavailable || p.RequestID == "" {
+		t.Errorf("the last line is %s, want a problem with status 503", lines[len(lines)-1])
+	}
+}
+
+func TestCutStreamIsSeenAsCut(t *testing.T) {
+	s, p := startBehindProxy(t)
+	for _, accept := range []string{"application/json", ndjson} {
+		p.holdAfter(2 * crowdPage)
+		curl, file := streamByCurl(t, s.url+"/users/stream?fetch_size=1000", "--header", "Accept: "+accept)
+		p.cut()
+		checkCut(t, curl, file, accept == ndjson)
+		s.awaitHealthy(t, 15*time.Second)
+		if users := s.stream(t); len(users) != len(crowd.ages) {
+			t.Errorf("%d users after the cut, want %d", len(users), len(crowd.ages))
+		}
+	}
+}
+
+// stream returns all that the process streams.
+func (p *process) stream(t testing.TB) (users []userJSON) {
+	t.Helper()
+	answer, err := http.Get(p.url + "/users/stream")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	if err := json.NewDecoder(answer.Body).Decode(&users); err != nil || answer.StatusCode != http.StatusOK {
+		t.Fatalf("status = %d, %v", answer.StatusCode, err)
+	}
+	return users
+}
+
+func TestStreamThatFailsBeforeItsFirstPage(t *testing.T) {
+	s, p := startBehindProxy(t)
+	tests := []struct {
+		name   string
+		fail   func()
+		status int
+		detail string
+	}{
+		{"Cassandra is silent", func() { p.swallow(true) }, http.StatusGatewayTimeout, "timeout: the deadline passed before the answer was there"},
+		{"Cassandra is gone", func() { p.listener.Close(); p.cut() }, http.StatusServiceUnavailable, "Cassandra is not available; try again in a moment"},
+	}
+	for _, tt := range tests {
+		tt.fail()
+		for _, target := range []string{"/users/stream", "/users/stream?age_filter=50", "/users/stream/pages"} {
+			r, _ := http.NewRequest("GET", s.url+target, nil)
+			r.Header.Set("X-Request-Timeout", "0.5")
+			r.Header.Set("Accept", ndjson)
+			answer, err := http.DefaultClient.Do(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer answer.Body.Close()
+			var p problem
+			err = json.NewDecoder(answer.Body).Decode(&p)
+			if err != nil || answer.StatusCode != tt.status || p.Detail != tt.detail || answer.Header.Get("Content-Type") != "application/problem+json" {
+				t.Errorf("%s: %s answers %d %+v, %v; want %d %q", tt.name, target, answer.StatusCode, p, err, tt.status, tt.detail)
+			}
+		}
+	}
+}
+
+// openReader sends a GET and reads n bytes of the answer, with a small buffer:
+// what it leaves the service has to keep.
+func openReader(t testing.TB, url, target string, n int64) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.(*net.TCPConn).SetReadBuffer(4096)
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", target)
+	if _, err := io.CopyN(io.Discard, conn, n); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+func TestStreamsLeaveNothingBehind(t *testing.T) {
+	useCrowd(t)
+	url := listen(t)
+	goroutines := runtime.NumGoroutine() + 5 // the driver's own come and go
+	checkGone := func(t *testing.T) {
+		gone := func() bool {
+			return counters.streams.Load() == 0 && counters.scans.Load() == 0 && counters.inFlight.Load() == 0 && runtime.NumGoroutine() <= goroutines
+		}
+		if !waitUntil(gone, 15*time.Second) {
+			t.Errorf("%d streams, %d scans, %d requests, %d goroutines, want at most %d", counters.streams.Load(), counters.scans.Load(), counters.inFlight.Load(), runtime.NumGoroutine(), goroutines)
+		}
+	}
+	t.Run("cancelled half way", func(t *testing.T) {
+		for i := range 1000 {
+			openReader(t, url, fmt.Sprintf("/users/stream?fetch_size=%d", 1+i), 1500).Close()
+		}
+		checkGone(t)
+	})
+	t.Run("readers that stop reading", func(t *testing.T) {
+		var readers []net.Conn
+		for range maxStreams {
+			readers = append(readers, openReader(t, url, "/users/stream", 1))
+		}
+		if counters.streams.Load() != maxStreams || counters.scans.Load() != maxStreams {
+			t.Errorf("%d streams and %d scans, want %d", counters.streams.Load(), counters.scans.Load(), maxStreams)
+		}
+		w := call(t, "GET", "/users/stream", "")
+		if w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") != "1" || !strings.Contains(w.Body.String(), "Too many streams at once") {
+			t.Errorf("one stream more: %d %s", w.Code, w.Body)
+		}
+		for _, reader := range readers {
+			reader.Close()
+		}
+		checkGone(t)
+	})
+}
 
 // Tests of safety.go.
 

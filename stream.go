@@ -39,8 +39,8 @@ const (
 )
 
 // A filter makes Cassandra look through rows that it does not return, some
-// 500 000 a second, so a page that finds too little runs into the node's 10 s
-// timeout at about 5 million rows. Therefore a filtered scan asks for slices of
+// 500 000 a second, so a page that finds too little runs into the node's 5 s
+// timeout at about 2.5 million rows. Therefore a filtered scan asks for slices of
 // the token range, each as wide as can be looked through in about sliceTime.
 const (
 	firstSlice = 1 << 52                // of 2^64 tokens: a 4096th of the table
@@ -93,13 +93,13 @@ type pageOfUsers struct {
 func getPage(w http.ResponseWriter, r *http.Request) error {
 	params := &parameters{query: r.URL.RawQuery}
 	age := params.ageFilter()
-	s := newScan(age, params.number("limit", unlimited, 1, unlimited))
 	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
-	if from, given := params.pageState(pagesToken); given {
-		if age != noAgeFilter && age != from.minAge {
-			params.reject("page_state", "was made for another age_filter; "+startAgain)
-		}
-		s = from
+	s, given := params.pageState(pagesToken)
+	switch {
+	case !given:
+		s = newScan(age, params.number("limit", unlimited, 1, unlimited))
+	case s != nil && age != noAgeFilter && age != s.minAge:
+		params.reject("page_state", "was made for another age_filter; "+startAgain)
 	}
 	if err := params.err(); err != nil {
 		return err
@@ -238,10 +238,12 @@ func (s *scan) fetch(ctx context.Context, size int) (page, error) {
 }
 
 // retryNarrower tries half the slice when the node ran out of time in it, as it
-// can when others keep it busy.
+// can when others keep it busy. Cassandra 5 calls that a failure.
 func (s *scan) retryNarrower(ctx context.Context, size int, err error) (page, error) {
 	var refused gocql.RequestError
-	if errors.As(err, &refused) && refused.Code() == gocql.ErrCodeReadTimeout && s.isFiltered() && len(s.state) == 0 && s.width > firstSlice {
+	errors.As(err, &refused)
+	tooWide := refused != nil && (refused.Code() == gocql.ErrCodeReadTimeout || refused.Code() == gocql.ErrCodeReadFailure)
+	if tooWide && s.isFiltered() && len(s.state) == 0 && s.width > firstSlice {
 		s.width /= 2
 		s.upto = s.nextBound()
 		return s.fetch(ctx, size)
@@ -297,42 +299,45 @@ func (s *scan) token(endpoint byte) string {
 	return base64.RawURLEncoding.EncodeToString(b)
 }
 
-// parseToken returns the scan that token packed, or false for any other text.
-func parseToken(text string, endpoint byte) (*scan, bool) {
+// parseToken returns the scan that token packed, or nil for any other text.
+func parseToken(text string, endpoint byte) *scan {
 	b, err := base64.RawURLEncoding.DecodeString(text)
 	// The decoder skips line breaks and ignores stray bits at the end.
 	if err != nil || len(b) < 5 || base64.RawURLEncoding.EncodeToString(b) != text {
-		return nil, false
+		return nil
 	}
 	b, sum := b[:len(b)-4], binary.BigEndian.Uint32(b[len(b)-4:])
 	if crc32.ChecksumIEEE(b) != sum || b[0] != endpoint {
-		return nil, false
+		return nil
 	}
 	b = b[1:]
 	var numbers [4]int64
 	for i := range numbers {
 		n, size := binary.Varint(b)
 		if size <= 0 {
-			return nil, false
+			return nil
 		}
 		numbers[i], b = n, b[size:]
 	}
 	s := newScan(int(numbers[0]), int(numbers[1]))
 	s.after, s.upto, s.state = numbers[2], numbers[3], b
-	return s, s.minAge >= noAgeFilter && s.minAge <= maxAge && s.left > 0 && s.after < s.upto
+	if s.minAge < noAgeFilter || s.minAge > maxAge || s.left < 1 || s.after >= s.upto {
+		return nil
+	}
+	return s
 }
 
-// pageState returns the scan to go on with, and whether there is one.
-func (p *parameters) pageState(endpoint byte) (*scan, bool) {
+// pageState returns the scan to go on with, nil if it is rejected, and whether
+// one was given.
+func (p *parameters) pageState(endpoint byte) (s *scan, given bool) {
 	text, given := p.text("page_state")
 	if !given {
 		return nil, false
 	}
-	s, ok := parseToken(text, endpoint)
-	if !ok {
+	if s = parseToken(text, endpoint); s == nil {
 		p.reject("page_state", "is damaged or of another endpoint; "+startAgain)
 	}
-	return s, ok
+	return s, true
 }
 
 // rowWriter writes users as a JSON array, or one a line, in writes of writeSize.

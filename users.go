@@ -29,7 +29,7 @@ const (
 	maxEmail      = 254       // bytes, the longest that SMTP carries
 	maxAge        = 150       // years
 	maxBatch      = 100       // users
-	maxBatchBytes = 48 * 1000 // of values; Cassandra refuses batches above 50 KiB, names and headers included
+	maxBatchBytes = 48 * 1000 // as user.bytes counts; Cassandra refuses batches above 50 KiB
 	defaultList   = 10        // users in an answer of GET /users
 	maxList       = 100
 )
@@ -143,7 +143,7 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 		return invalid(errs...)
 	}
 	if size > maxBatchBytes {
-		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The users of a batch may have %d bytes in all, these have %d; send them in two", maxBatchBytes, size)}
+		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The users of a batch may have %d bytes in all, these have %d (%d a user besides name and email); send them in several", maxBatchBytes, size, userOverhead)}
 	}
 	if err := createUsersAtOnce(r.Context(), users); err != nil {
 		return err
@@ -302,11 +302,12 @@ func (u user) columns() []any {
 	return []any{gocql.UUID(u.ID), u.Name, u.Email, u.Age, int64(u.CreatedAt), int64(u.UpdatedAt)}
 }
 
-// bytes is the size of the values that columns returns, as CQL encodes them.
-func (u user) bytes() int {
-	const fixed = 16 + 4 + 8 + 8 // id, age and two timestamps
-	return fixed + len(u.Name) + len(u.Email)
-}
+// userOverhead is what Cassandra 5.0 counts of a user in a batch besides the
+// name and the email: the other values, and the header of every column.
+const userOverhead = 170 // bytes
+
+// bytes is the user's size in a batch as Cassandra counts it.
+func (u user) bytes() int { return userOverhead + len(u.Name) + len(u.Email) }
 
 // fields are the fields that a client may set; nil where it did not.
 type fields struct {
