@@ -9,18 +9,23 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
 	"flag"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -932,6 +937,191 @@ func TestStreamsLeaveNothingBehind(t *testing.T) {
 			reader.Close()
 		}
 		checkGone(t)
+	})
+}
+
+// firstToken returns the page_state after the first page of the query.
+func firstToken(t testing.TB, query string) string {
+	t.Helper()
+	p := decode[pageJSON](t, call(t, "GET", "/users/stream/pages?"+query, ""), http.StatusOK)
+	if p.PageState == nil {
+		t.Fatalf("no page_state after %s", query)
+	}
+	return *p.PageState
+}
+
+// checkStartAgain fails unless the answer says that page_state is not right.
+func checkStartAgain(t testing.TB, what string, w *httptest.ResponseRecorder) {
+	t.Helper()
+	var p problem
+	json.Unmarshal(w.Body.Bytes(), &p)
+	if w.Code != http.StatusUnprocessableEntity || len(p.Errors) != 1 || p.Errors[0].Parameter != "page_state" || !strings.HasSuffix(p.Errors[0].Detail, "; start again without page_state") {
+		t.Errorf("%s: answer %d %s", what, w.Code, w.Body)
+	}
+}
+
+func TestDamagedPageTokens(t *testing.T) {
+	useCrowd(t)
+	const pages = "/users/stream/pages?page_state="
+	token := firstToken(t, "fetch_size=10&age_filter=30")
+	damaged := map[string]string{
+		"doubled":          token + token,
+		"with a line feed": token[:20] + "\n" + token[20:],
+		"with CR and LF":   token + "\r\n",
+		"padded":           token + "=",
+		"with a space":     " " + token,
+		"empty":            "",
+		"not base64":       "%%%",
+	}
+	for i := range token {
+		damaged[fmt.Sprintf("cut before byte %d", i)] = token[:i]
+		damaged[fmt.Sprintf("without byte %d", i)] = token[:i] + token[i+1:]
+		damaged[fmt.Sprintf("byte %d twice", i)] = token[:i+1] + token[i:]
+		for _, c := range []byte{'A', '_', token[i] ^ 1, token[i] ^ 32, 0, 255} {
+			if c != token[i] {
+				damaged[fmt.Sprintf("byte %d changed to %q", i, c)] = token[:i] + string([]byte{c}) + token[i+1:]
+			}
+		}
+	}
+	for what, text := range damaged {
+		checkStartAgain(t, what, call(t, "GET", pages+url.QueryEscape(text), ""))
+	}
+	list := call(t, "GET", "/users", "").Header().Get("Link")
+	_, list, _ = strings.Cut(list, "page_state=")
+	list, _, _ = strings.Cut(list, ">")
+	checkStartAgain(t, "another age_filter", call(t, "GET", pages+token+"&age_filter=31", ""))
+	checkStartAgain(t, "age_filter=0", call(t, "GET", pages+token+"&age_filter=0", ""))
+	checkStartAgain(t, "of GET /users", call(t, "GET", pages+list, ""))
+	checkStartAgain(t, "at GET /users", call(t, "GET", "/users?page_state="+token, ""))
+	checkStartAgain(t, "with 422 for HEAD", call(t, "HEAD", pages+"x", ""))
+}
+
+func TestPageTokenKeepsItsQuery(t *testing.T) {
+	useCrowd(t)
+	want := stream(t, "age_filter=30&limit=15")
+	token := firstToken(t, "fetch_size=10&age_filter=30&limit=15")
+	tests := []struct{ name, query string }{
+		{"without age_filter", ""},
+		{"with an equal one", "&age_filter=30"},
+		{"with a limit, which is not looked at", "&limit=3"},
+		{"with a bad limit", "&limit=x"},
+		{"with another fetch_size", "&fetch_size=5000"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := decode[pageJSON](t, call(t, "GET", "/users/stream/pages?page_state="+token+tt.query, ""), http.StatusOK)
+			if p.HasMore || !slices.Equal(p.Users, want[10:]) {
+				t.Errorf("has_more %t, users %+v, want %+v", p.HasMore, p.Users, want[10:])
+			}
+		})
+	}
+	t.Run("at another instance", func(t *testing.T) {
+		other := startService(t, "CASSANDRA_KEYSPACE="+crowd.keyspace)
+		other.awaitHealthy(t, 15*time.Second)
+		answer, err := http.Get(other.url + "/users/stream/pages?page_state=" + token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		var p pageJSON
+		if err := json.NewDecoder(answer.Body).Decode(&p); err != nil || p.HasMore || !slices.Equal(p.Users, want[10:]) {
+			t.Errorf("status %d, %v, users %+v, want %+v", answer.StatusCode, err, p.Users, want[10:])
+		}
+	})
+}
+
+// A checksum is no signature: whoever reads the code can make a token. It may
+// then lead to other rows, but never to a 500.
+func TestForgedPageTokens(t *testing.T) {
+	useCrowd(t)
+	real := parseToken(firstToken(t, "fetch_size=10"), pagesToken)
+	tests := []struct {
+		name   string
+		forge  func(s *scan)
+		status int
+	}{
+		{"as it was", func(*scan) {}, 200},
+		{"no paging state", func(s *scan) { s.state = nil }, 200},
+		{"a paging state of garbage", func(s *scan) { s.state = []byte("garbage") }, 422},
+		{"a paging state cut short", func(s *scan) { s.state = s.state[:len(s.state)-1] }, 422},
+		{"a paging state of one byte", func(s *scan) { s.state = []byte{255} }, 422},
+		{"a paging state of 8 kB", func(s *scan) { s.state = bytes.Repeat([]byte{127}, 8<<10) }, 422},
+		{"a place outside its range", func(s *scan) { s.after, s.upto = math.MaxInt64-1, math.MaxInt64 }, 200},
+		{"a filter for a place without", func(s *scan) { s.minAge = 50 }, 200},
+		{"the end before the start", func(s *scan) { s.after, s.upto = 1, 0 }, 422},
+		{"an empty range", func(s *scan) { s.after, s.upto = 7, 7 }, 422},
+		{"the end of the ring", func(s *scan) { s.after, s.upto = math.MaxInt64, math.MinInt64 }, 422},
+		{"no rows left", func(s *scan) { s.left = 0 }, 422},
+		{"fewer rows left than none", func(s *scan) { s.left = math.MinInt }, 422},
+		{"an age of 151", func(s *scan) { s.minAge = 151 }, 422},
+		{"a negative age", func(s *scan) { s.minAge = math.MinInt }, 422},
+		{"a huge age", func(s *scan) { s.minAge = math.MaxInt }, 422},
+	}
+	for _, tt := range tests {
+		s := *real
+		tt.forge(&s)
+		w := call(t, "GET", "/users/stream/pages?fetch_size=10&page_state="+s.token(pagesToken), "")
+		if w.Code != tt.status {
+			t.Errorf("%s: status = %d, want %d; %s", tt.name, w.Code, tt.status, w.Body)
+		}
+		if w.Code == http.StatusUnprocessableEntity {
+			checkStartAgain(t, tt.name, w)
+		}
+	}
+	for range 300 { // a few bytes of the paging state at random
+		s := *real
+		s.state = bytes.Clone(real.state)
+		for range 1 + rand.IntN(3) {
+			s.state[rand.IntN(len(s.state))] = byte(rand.IntN(256))
+		}
+		w := call(t, "GET", "/users/stream/pages?fetch_size=10&page_state="+s.token(pagesToken), "")
+		if w.Code != http.StatusOK && w.Code != http.StatusUnprocessableEntity {
+			t.Errorf("the paging state %x: %d %s", s.state, w.Code, w.Body)
+		}
+	}
+}
+
+// FuzzPageToken gives parseToken bytes under a checksum that is right: it must
+// neither panic nor return a scan that can't go on.
+func FuzzPageToken(f *testing.F) {
+	for _, s := range []*scan{newScan(noAgeFilter, unlimited), newScan(30, 7), {minAge: 150, left: 1, after: -1, upto: 1, state: []byte("state")}} {
+		b, _ := base64.RawURLEncoding.DecodeString(s.token(pagesToken))
+		f.Add(b[:len(b)-4])
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
+		s := parseToken(base64.RawURLEncoding.EncodeToString(b), pagesToken)
+		if s == nil {
+			return
+		}
+		if end := s.nextBound(); !s.more() || s.after >= s.upto || end <= s.after {
+			t.Errorf("%+v ends at %d", s, end)
+		}
+		if again := parseToken(s.token(pagesToken), pagesToken); again == nil || !reflect.DeepEqual(again, s) {
+			t.Errorf("%+v becomes %+v", s, again)
+		}
+	})
+}
+
+// FuzzUserRow holds the encoder of rows against encoding/json.
+func FuzzUserRow(f *testing.F) {
+	f.Add([]byte("0123456789abcdef"), "Ada", "ada@example.com", 36, int64(1767323045678), int64(0))
+	f.Add([]byte{}, "\"\\/\b\f\n\r\t\x00\x1f\x7f<>&\u2028\u2029é漢𝔸\ufffd", "\xff\xfe", -1, int64(-1), int64(253402300799999))
+	f.Add([]byte{255}, "\xe2\x80", "…", 150, int64(951782400000), int64(4107542399999))
+	f.Fuzz(func(t *testing.T, id []byte, name, email string, age int, created, updated int64) {
+		const yearZero, yearTenThousand = -62167219200000, 253402300800000 // RFC 3339 has four digits
+		if min(created, updated) < yearZero || max(created, updated) >= yearTenThousand {
+			t.Skip()
+		}
+		row := userRow{name: []byte(name), email: []byte(email), age: age, created: created, updated: updated}
+		copy(row.id[:], id)
+		var want bytes.Buffer
+		enc := json.NewEncoder(&want)
+		enc.SetEscapeHTML(false)
+		enc.Encode(user{ID: uuid.UUID(row.id), Name: name, Email: email, Age: age, CreatedAt: timestamp(created), UpdatedAt: timestamp(updated)})
+		if got := string(row.appendJSON(nil)) + "\n"; got != want.String() {
+			t.Errorf("appendJSON = %s, encoding/json has %s", got, want.String())
+		}
 	})
 }
 
