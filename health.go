@@ -12,9 +12,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,10 +31,12 @@ const (
 	pingInterval   = time.Second            // also while idle: nobody else may ask for minutes
 	pingTimeout    = time.Second            // of one ping
 	deadAfter      = 3 * time.Second        // without a successful ping: try another session
+	retireAfter    = time.Second            // a replaced session is closed, so that answers on their way arrive
 	connectTimeout = 2 * time.Second        // to dial a node and to be greeted by it
 	tryTimeout     = 10 * time.Second       // to create or close a session; both can hang
 	firstRetry     = 250 * time.Millisecond // between two tries to connect, doubled up to
 	lastRetry      = time.Second            // this: Cassandra is to be found within 5 s
+	agreeTimeout   = 2 * time.Second        // for the nodes to agree on the schema; one that is down does not
 	logInterval    = 10 * time.Second       // between two lines of the driver, 4 a second in an outage
 	pageTimeout    = 12 * time.Second       // of one page, above the node's own 10 s for a range
 )
@@ -42,6 +46,8 @@ const (
 	selectTable    = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ? AND table_name = ?`
 	createKeyspace = `CREATE KEYSPACE IF NOT EXISTS "%s" WITH replication = %s`
 	selectVersion  = `SELECT release_version FROM system.local WHERE key = 'local'`
+	selectLocalDC  = `SELECT data_center FROM system.local WHERE key = 'local'`
+	selectOtherDCs = `SELECT data_center FROM system.peers`
 )
 
 // errNotConnected says that there is no session yet.
@@ -64,7 +70,8 @@ type cluster struct {
 // is nil until Cassandra was reached for the first time.
 var global struct {
 	session atomic.Pointer[session]
-	cluster cluster // set once, before the first request
+	cluster cluster   // set once, before the first request
+	log     driverLog // one for all sessions: each new try would start it afresh
 }
 
 // session is a gocql session, safe for concurrent use, that knows its number:
@@ -112,17 +119,16 @@ func keepConnected(c cluster) (closeAll func()) {
 }
 
 // watch pings the session once a second. When there is none, or none that has
-// answered for a while, it tries fresh ones, one at a time, and swaps in the
-// first that works. The driver reconnects a cut node by itself; but where a node
-// came back under another address, only a new session finds it.
+// answered for a while, it opens a fresh one and swaps it in. The driver
+// reconnects a cut node by itself; but after a longer outage its session may be
+// dead for good, or answer once and then die, where a node came back under an
+// address that cannot be reached.
 func watch(ctx context.Context, c cluster) {
 	var lastAnswer time.Time
-	var lastError string
-	wait := firstRetry
 	for number := int64(1); ctx.Err() == nil; {
 		old := global.session.Load()
-		if old != nil && ping(ctx, old) == nil {
-			lastAnswer, lastError, wait = time.Now(), "", firstRetry
+		if old != nil && answers(ctx, old) {
+			lastAnswer = time.Now()
 			pause(ctx, pingInterval)
 			continue
 		}
@@ -130,30 +136,45 @@ func watch(ctx context.Context, c cluster) {
 			pause(ctx, firstRetry)
 			continue
 		}
-		fresh, err := c.open(ctx)
-		if err != nil {
-			if err.Error() != lastError && ctx.Err() == nil {
-				slog.Warn("cannot connect to Cassandra, trying on", "hosts", c.hosts, "port", c.port, "error", err)
-			}
-			lastError = err.Error()
-			pause(ctx, wait)
-			wait = min(2*wait, lastRetry)
-			continue
+		fresh := c.openAtLast(ctx)
+		if fresh == nil {
+			return
 		}
 		slog.Info("connected to Cassandra", "session", number, "keyspace", c.keyspace)
 		global.session.Store(&session{Session: fresh, number: number})
+		lastAnswer = time.Now()
 		number++
 		if old != nil {
-			go closeSession(old.Session)
+			time.AfterFunc(retireAfter, func() { closeSession(old.Session) })
 		}
 	}
 }
 
-// ping asks for one answer, uncounted: the metrics are about the service's work.
-func ping(ctx context.Context, s *session) error {
+// openAtLast tries until a session is open, or returns nil at the end of ctx.
+func (c cluster) openAtLast(ctx context.Context) *gocql.Session {
+	var lastError string
+	var lastLine time.Time
+	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
+		s, err := c.open(ctx)
+		if err == nil {
+			return s
+		}
+		if err.Error() != lastError && time.Since(lastLine) >= logInterval && ctx.Err() == nil {
+			slog.Warn("cannot connect to Cassandra, trying on", "hosts", c.hosts, "port", c.port, "error", err)
+			lastError, lastLine = err.Error(), time.Now()
+		}
+		pause(ctx, wait)
+	}
+	return nil
+}
+
+// answers pings, uncounted: the metrics are about the service's work. Under
+// overload a ping can come too late while others get their answers.
+func answers(ctx context.Context, s *session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	return s.Query(selectVersion).WithContext(ctx).Observer(nil).Exec()
+	err := s.Query(selectVersion).WithContext(ctx).Observer(nil).Exec()
+	return err == nil || time.Since(time.Unix(0, counters.lastAnswer.Load())) < pingTimeout
 }
 
 // pause waits for d or the end of ctx.
@@ -206,7 +227,30 @@ func (c cluster) ensureSchema(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.AwaitSchemaAgreement(ctx)
+	if err := s.AwaitSchemaAgreement(ctx); err != nil { // while a node is down or of another version, it may never come
+		slog.Warn("the nodes do not agree on the schema, going on", "error", err)
+	}
+	return c.checkDatacenter(ctx, s)
+}
+
+// checkDatacenter warns of a data centre that no node is in: the driver then
+// takes any node in silence, however far away.
+func (c cluster) checkDatacenter(ctx context.Context, s *gocql.Session) error {
+	var name string
+	found := map[string]bool{}
+	for _, statement := range []string{selectLocalDC, selectOtherDCs} {
+		rows := s.Query(statement).WithContext(ctx).Iter()
+		for rows.Scan(&name) {
+			found[name] = true
+		}
+		if err := rows.Close(); err != nil {
+			return fmt.Errorf("looking up the data centres: %w", err)
+		}
+	}
+	if c.datacenter != "" && !found[c.datacenter] {
+		slog.Warn("no node is in CASSANDRA_DATACENTER, taking any", "datacenter", c.datacenter, "there_are", slices.Sorted(maps.Keys(found)))
+	}
+	return nil
 }
 
 // config is how the driver is set up, for one session: a policy object must not
@@ -223,9 +267,10 @@ func (c cluster) config(dialer gocql.Dialer) *gocql.ClusterConfig {
 	cfg.WriteCoalesceWaitTime = 0         // the default 200 µs cost a lone query over a millisecond
 	cfg.ReconnectInterval = time.Second   // the default minute is the length of an outage
 	cfg.Events.DisableSchemaEvents = true // nobody here reads the driver's schema metadata
+	cfg.MaxWaitSchemaAgreement = agreeTimeout
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
 	cfg.Dialer = dialer
-	cfg.Logger = &driverLog{}
+	cfg.Logger = &global.log
 	policy := gocql.RoundRobinHostPolicy()
 	if c.datacenter != "" {
 		policy = gocql.DCAwareRoundRobinPolicy(c.datacenter)

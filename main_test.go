@@ -9,14 +9,21 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ed25519"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"flag"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"iter"
 	"math"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -26,8 +33,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -332,7 +341,7 @@ type proxy struct {
 	silent   bool
 	credit   int        // bytes that still pass
 	changed  *sync.Cond // the credit
-	conns    map[net.Conn]bool
+	conns    map[net.Conn]bool // true: frozen
 }
 
 // startProxy returns a proxy to target, a host:port.
@@ -342,6 +351,10 @@ func startProxy(t testing.TB, target string) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return startProxyOn(t, listener, target)
+}
+
+func startProxyOn(t testing.TB, listener net.Listener, target string) *proxy {
 	p := &proxy{listener: listener, target: target, credit: math.MaxInt, conns: map[net.Conn]bool{}}
 	p.changed = sync.NewCond(&p.mu)
 	t.Cleanup(func() { listener.Close(); p.cut() })
@@ -357,7 +370,7 @@ func startProxy(t testing.TB, target string) *proxy {
 				continue
 			}
 			p.mu.Lock()
-			p.conns[client], p.conns[server] = true, true
+			p.conns[client], p.conns[server] = false, false
 			p.mu.Unlock()
 			go p.pump(client, server)
 			go p.pump(server, client)
@@ -381,7 +394,7 @@ func (p *proxy) pump(from, to net.Conn) {
 			p.changed.Wait()
 		}
 		p.credit -= n
-		silent := p.silent
+		silent := p.silent || p.conns[from]
 		p.mu.Unlock()
 		if silent {
 			continue
@@ -417,6 +430,15 @@ func (p *proxy) swallow(on bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.silent = on
+}
+
+// freeze drops all bytes on the connections there are; new ones work.
+func (p *proxy) freeze() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for conn := range p.conns {
+		p.conns[conn] = true
+	}
 }
 
 // settings make a service use the proxy, for all its connections: the driver
@@ -1127,11 +1149,990 @@ func FuzzUserRow(f *testing.F) {
 
 // Tests of safety.go.
 
+func TestSelfTests(t *testing.T) {
+	row := func(n, age int) string { return fmt.Sprintf(`{"name":"user %d","age":%d}`, n, age) }
+	stream := func(i, age int) string {
+		var rows []string
+		for n := i; n < 30; n += 3 {
+			rows = append(rows, row(n, age))
+		}
+		return fmt.Sprintf(`{"age":%d,"count":10,"users":[%s]}`, age, strings.Join(rows, ","))
+	}
+	session, err := currentSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const caught = `non_existent_table_xyz: table non_existent_table_xyz does not exist`
+	tests := []struct{ request, want string }{
+		{"POST query_error", `{"test":"query_error","error_caught":"running SELECT name, age FROM ` + caught + `","session_unchanged":true,"session_open":true,"session_still_works":true,"cassandra_version":"VERSION"}`},
+		{"POST streaming_error", `{"test":"streaming_error","streaming_error_caught":true,"error_message":"reading a page of the scratch table: ` + caught[len("non_existent_table_xyz: "):] + `","session_unchanged":true,"session_open":true,"session_still_streams":true,"stream_completed":true,"rows_after_error":20}`},
+		{"POST concurrent_streams", `{"test":"concurrent_streams","streams_completed":3,"all_streams_independent":true,"results":[` + stream(0, 20) + `,` + stream(1, 30) + `,` + stream(2, 40) + `],"session_still_open":true}`},
+		{"POST nested_contexts", `{"test":"nested_contexts","events":["cluster_opened","session_opened","stream_opened","stream_closed","session_works_after_stream:5","session_closing","session_closed","cluster_works_after_session:True","cluster_closing","cluster_closed"],"correct_order":true,"row_count":5,"main_session_unaffected":true}`},
+		{"POST cancellation", `{"test":"cancellation","rows_processed_before_cancel":5,"was_cancelled":true,"error_type":"context canceled","cleaned_up":true,"session_still_works":true,"session_open":true,"new_stream_worked":true,"total_rows":50}`},
+		{"GET status", fmt.Sprintf(`{"session_open":true,"session_id":"%d","cluster_open":true,"cluster_id":"CLUSTER","keyspace":%q}`, session.number, global.cluster.keyspace)},
+	}
+	mask := regexp.MustCompile(`("cassandra_version":")[0-9][^"]*|("cluster_id":")[^"]+`)
+	for _, tt := range tests {
+		t.Run(tt.request, func(t *testing.T) {
+			method, name, _ := strings.Cut(tt.request, " ")
+			w := call(t, method, "/context_manager_safety/"+name, "")
+			got := mask.ReplaceAllStringFunc(w.Body.String(), func(s string) string {
+				if strings.HasPrefix(s, `"cluster`) {
+					return `"cluster_id":"CLUSTER`
+				}
+				return `"cassandra_version":"VERSION`
+			})
+			if w.Code != http.StatusOK || got != tt.want+"\n" {
+				t.Errorf("status = %d, body\n%s, want\n%s", w.Code, got, tt.want)
+			}
+		})
+	}
+}
+
+// falseVerdict finds a member of a self-test's answer that should be true.
+var falseVerdict = regexp.MustCompile(`"\w+":false`)
+
+func TestSelfTestsAtOnceHarmNobody(t *testing.T) {
+	aUser(t)
+	before := call(t, "GET", "/users/stream", "").Body.String()
+	state, goroutines, open := observeSession(), runtime.NumGoroutine(), connections.open.Load()
+	selfTests := []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
+	ctx, stopLoad := context.WithCancel(t.Context())
+	var load, running sync.WaitGroup
+	for range 2 {
+		load.Go(func() {
+			for ctx.Err() == nil {
+				if w := call(t, "GET", "/users/stream", ""); w.Code != http.StatusOK || w.Body.String() != before {
+					t.Errorf("GET /users/stream beside self-tests: status = %d, body %s, want %s", w.Code, w.Body, before)
+				}
+			}
+		})
+	}
+	for i := range 50 {
+		running.Go(func() {
+			name := selfTests[i%len(selfTests)]
+			if w := call(t, "POST", "/context_manager_safety/"+name, ""); w.Code != http.StatusOK || falseVerdict.MatchString(w.Body.String()) {
+				t.Errorf("%s: status = %d, body %s", name, w.Code, w.Body)
+			}
+		})
+	}
+	running.Wait()
+	stopLoad()
+	load.Wait()
+	if after := observeSession(); !after.sameAs(state) {
+		t.Errorf("session = %+v, want %+v", after, state)
+	}
+	back := func() bool { return runtime.NumGoroutine() <= goroutines && connections.open.Load() == open }
+	if !waitUntil(back, 10*time.Second) {
+		t.Errorf("goroutines = %d, connections = %d, want %d and %d", runtime.NumGoroutine(), connections.open.Load(), goroutines, open)
+	}
+}
+
+func TestSessionVerdictSeesASwappedOrClosedSession(t *testing.T) {
+	mine, err := currentSession()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer global.session.Store(mine)
+	other, err := createSession(t.Context(), global.cluster.config(&countingDialer{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	before := observeSession()
+	if !observeSession().sameAs(before) {
+		t.Error("an untouched session counts as changed")
+	}
+	global.session.Store(&session{Session: other, number: mine.number + 1})
+	swapped := observeSession()
+	if !swapped.open || swapped.sameAs(before) {
+		t.Errorf("swapped: %+v counts as %+v", swapped, before)
+	}
+	other.Close()
+	if closed := observeSession(); closed.open || closed.sameAs(swapped) {
+		t.Errorf("closed: %+v counts as %+v", closed, swapped)
+	}
+	if w := call(t, "POST", "/context_manager_safety/query_error", ""); w.Code != http.StatusServiceUnavailable {
+		t.Errorf("query_error on a closed session: status = %d, want 503; body %s", w.Code, w.Body)
+	}
+	global.session.Store(nil)
+	if none := observeSession(); none.open || none.sameAs(none) {
+		t.Errorf("no session: %+v counts as open", none)
+	}
+}
+
+func TestStreamsVerdict(t *testing.T) {
+	start := time.Now()
+	sound := func() []observedStream {
+		streams := make([]observedStream, 3)
+		for i := range streams {
+			age := 20 + 10*i
+			streams[i] = observedStream{Age: age, Users: slices.Repeat([]scratchRow{{Age: age}}, 10), firstPage: start.Add(time.Duration(i) * time.Second), ended: start.Add(time.Minute)}
+		}
+		return streams
+	}
+	tests := []struct {
+		name   string
+		damage func(s []observedStream)
+		want   bool
+	}{
+		{"sound", func([]observedStream) {}, true},
+		{"a foreign row", func(s []observedStream) { s[1].Users[9].Age = 20 }, false},
+		{"a row missing", func(s []observedStream) { s[2].Users = s[2].Users[:9] }, false},
+		{"a row too many", func(s []observedStream) { s[0].Users = append(s[0].Users, s[0].Users[0]) }, false},
+		{"one ended before the last began", func(s []observedStream) { s[0].ended = start.Add(time.Second) }, false},
+		{"one never began", func(s []observedStream) { s[1] = observedStream{Age: 30} }, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			streams := sound()
+			tt.damage(streams)
+			if got := areIndependent(streams); got != tt.want {
+				t.Errorf("areIndependent = %t, want %t", got, tt.want)
+			}
+		})
+	}
+	if n := completed([]error{nil, gocql.ErrSessionClosed, nil}); n != 2 {
+		t.Errorf("completed = %d, want 2", n)
+	}
+}
+
+func TestOrderVerdict(t *testing.T) {
+	swap := func(i, j int) []string {
+		events := slices.Clone(nestedOrder)
+		events[i], events[j] = events[j], events[i]
+		return events
+	}
+	tests := []struct {
+		name   string
+		events []string
+		want   bool
+	}{
+		{"sound", slices.Clone(nestedOrder), true},
+		{"the session closed before its stream", swap(3, 6), false},
+		{"the cluster closed before its session", swap(6, 9), false},
+		{"the cluster never closed", nestedOrder[:9], false},
+		{"the session lost a row", append(append(slices.Clone(nestedOrder[:4]), "session_works_after_stream:4"), nestedOrder[5:]...), false},
+		{"nothing happened", nil, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := areInOrder(tt.events); got != tt.want {
+				t.Errorf("areInOrder(%v) = %t, want %t", tt.events, got, tt.want)
+			}
+		})
+	}
+}
+
+func TestCancellationVerdicts(t *testing.T) {
+	tests := []struct {
+		name      string
+		err       error
+		processed int
+		want      bool
+	}{
+		{"cancelled halfway", failed(read, context.Canceled, "reading"), 5, true},
+		{"not at all", nil, 5, false},
+		{"at its end", context.Canceled, 50, false},
+		{"failed otherwise", gocql.ErrNoConnections, 5, false},
+		{"out of time", context.DeadlineExceeded, 5, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := wasCancelled(tt.err, tt.processed, 50); got != tt.want {
+				t.Errorf("wasCancelled = %t, want %t", got, tt.want)
+			}
+		})
+	}
+	s, err := newScratch(t.Context(), slices.Repeat([]int{20}, 20))
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, stop := iter.Pull2(pagesAhead(t.Context(), &s.open, s.pages(selectScratch, s.run)))
+	defer stop()
+	if _, err, _ := next(); err != nil || s.allEnded() {
+		t.Errorf("with an iteration left open: error %v, allEnded = %t, want false", err, s.allEnded())
+	}
+	stop()
+	if !s.allEnded() {
+		t.Error("with the iteration stopped: allEnded = false")
+	}
+}
+
+func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
+	r := httptest.NewRequestWithContext(t.Context(), "POST", "/context_manager_safety/query_error", nil)
+	tests := []struct {
+		name string
+		err  error
+		want int
+	}{
+		{"no connection", failed(read, gocql.ErrNoConnections, "reading"), http.StatusServiceUnavailable},
+		{"out of time", failed(read, context.DeadlineExceeded, "reading"), http.StatusGatewayTimeout},
+		{"the session closed", failed(read, gocql.ErrSessionClosed, "reading"), http.StatusOK},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			w := httptest.NewRecorder()
+			status := http.StatusOK
+			if err := report(w, r, queryErrorReport{}, nil, tt.err); err != nil {
+				status = asProblem(r, err).Status
+			}
+			if status != tt.want {
+				t.Errorf("status = %d, want %d", status, tt.want)
+			}
+		})
+	}
+}
+
 // Tests of metrics.go.
 
 // Tests of docs.
 
 // Tests of outages, overload and drain.
+
+// client keeps as many connections as there are clients in a test.
+var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4000}}
+
+// answer is what a client got; err where it got none, or not all of it.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+	took   time.Duration
+	err    error
+}
+
+// ask sends a request to the service. Headers are "Name: value".
+func (p *process) ask(method, path, body string, headers ...string) (a answer) {
+	start := time.Now()
+	defer func() { a.took = time.Since(start) }()
+	r, err := http.NewRequest(method, p.url+path, strings.NewReader(body))
+	if err != nil {
+		return answer{err: err}
+	}
+	for _, h := range append(headers, jsonHeader) {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+	got, err := client.Do(r)
+	if err != nil {
+		return answer{err: err}
+	}
+	defer got.Body.Close()
+	text, err := io.ReadAll(got.Body)
+	return answer{status: got.StatusCode, header: got.Header, body: string(text), err: err}
+}
+
+// metrics returns what the service counts.
+func (p *process) metrics(t testing.TB) (m metrics) {
+	t.Helper()
+	if a := p.ask("GET", "/metrics", ""); a.err != nil || json.Unmarshal([]byte(a.body), &m) != nil {
+		t.Fatalf("GET /metrics: status = %d, error %v, body %s", a.status, a.err, a.body)
+	}
+	return m
+}
+
+// awaitUnhealthy waits until /health is 503.
+func (p *process) awaitUnhealthy(t testing.TB, within time.Duration) {
+	t.Helper()
+	start := time.Now()
+	if !waitUntil(func() bool { return p.ask("GET", "/health", "").status == http.StatusServiceUnavailable }, within) {
+		t.Errorf("still healthy after %s", within)
+	}
+	t.Logf("unhealthy after %s", time.Since(start).Round(time.Millisecond))
+}
+
+// awaitQuiet waits until nothing is left of the requests before: as much is
+// open and running as in m.
+func (p *process) awaitQuiet(t testing.TB, m metrics) {
+	t.Helper()
+	var now metrics
+	quiet := func() bool {
+		client.CloseIdleConnections()
+		now = p.metrics(t)
+		return now.RequestsInFlight == 1 && now.StreamsActive == 0 && now.Goroutines <= m.Goroutines+4 && now.ActiveConnections <= m.ActiveConnections
+	}
+	if !waitUntil(quiet, 20*time.Second) {
+		t.Errorf("in flight = %d, streams = %d, goroutines = %d, connections = %d; before: %d goroutines, %d connections", now.RequestsInFlight, now.StreamsActive, now.Goroutines, now.ActiveConnections, m.Goroutines, m.ActiveConnections)
+	}
+}
+
+// askEverything sends one request to each endpoint that needs Cassandra, all at
+// once, and has each answer checked.
+func askEverything(p *process, check func(request string, a answer), headers ...string) {
+	const ada = `{"name":"Ada","email":"ada@example.com","age":36}`
+	const one = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
+	requests := map[string]string{
+		"POST /users": ada, "GET /users": "", "POST /users/batch": "[" + ada + "]",
+		"GET /users/stream": "", "GET /users/stream?age_filter=30": "", "GET /users/stream/pages": "",
+		"GET " + one: "", "PUT " + one: ada, "PATCH " + one: ada, "DELETE " + one: "",
+		"GET /performance/async": "", "GET /performance/sync": "", "GET /slow_query": "", "GET /long_running_query": "",
+		"POST /context_manager_safety/query_error": "", "POST /context_manager_safety/streaming_error": "",
+		"POST /context_manager_safety/concurrent_streams": "", "POST /context_manager_safety/nested_contexts": "",
+		"POST /context_manager_safety/cancellation": "", "GET /context_manager_safety/status": "",
+	}
+	var asking sync.WaitGroup
+	for request, body := range requests {
+		asking.Go(func() {
+			method, path, _ := strings.Cut(request, " ")
+			check(request, p.ask(method, path, body, headers...))
+		})
+	}
+	asking.Wait()
+}
+
+func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
+	p := startService(t)
+	p.awaitHealthy(t, 10*time.Second)
+	median := func() time.Duration {
+		times := make([]time.Duration, 100)
+		for i := range times {
+			a := p.ask("GET", "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7", "")
+			if times[i] = a.took; a.status != http.StatusNotFound {
+				t.Fatalf("GET of a user: status = %d, error %v", a.status, a.err)
+			}
+		}
+		slices.Sort(times)
+		return times[50]
+	}
+	before := median()
+	var slow sync.WaitGroup
+	for range 100 {
+		slow.Go(func() {
+			a := p.ask("GET", "/slow_query", "", "X-Request-Timeout: 20")
+			if a.status != http.StatusOK || !regexp.MustCompile(`^\{"duration":5\.\d+,"message":"Slow query completed"\}\n$`).MatchString(a.body) {
+				t.Errorf("with 20 s: status = %d, body %s, error %v", a.status, a.body, a.err)
+			}
+		})
+	}
+	waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 3*time.Second)
+	for _, path := range []string{"/slow_query", "/long_running_query"} {
+		if a := p.ask("GET", path, "", "X-Request-Timeout: 0.1"); a.status != http.StatusGatewayTimeout || !strings.Contains(a.body, "timeout") || a.took < 100*time.Millisecond || a.took > 300*time.Millisecond {
+			t.Errorf("%s with 0.1 s: status = %d after %s, body %s", path, a.status, a.took, a.body)
+		}
+	}
+	if beside := median(); beside > 3*before+5*time.Millisecond {
+		t.Errorf("a GET takes %s beside slow queries, %s without", beside, before)
+	}
+	slow.Wait()
+}
+
+func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
+	proxy := startProxy(t, cassandraAddress())
+	p := startService(t, proxy.settings()...)
+	p.awaitHealthy(t, 10*time.Second)
+	proxy.swallow(true)
+	var health sync.WaitGroup
+	health.Go(func() {
+		if a := p.ask("GET", "/health", ""); a.status != http.StatusServiceUnavailable || a.took > 3*healthTimeout {
+			t.Errorf("/health: status = %d after %s, want 503 after %s", a.status, a.took, healthTimeout)
+		}
+	})
+	askEverything(p, func(request string, a answer) {
+		if a.status != http.StatusGatewayTimeout || !strings.Contains(a.body, `"detail":"timeout`) || a.took < 500*time.Millisecond || a.took > 1500*time.Millisecond {
+			t.Errorf("%s: status = %d after %s, want 504 after 0.5 s; body %s, error %v", request, a.status, a.took, a.body, a.err)
+		}
+	}, "X-Request-Timeout: 0.5")
+	if a := p.ask("GET", "/health", "", "X-Request-Timeout: 0.1"); a.status != http.StatusServiceUnavailable || a.took > 300*time.Millisecond {
+		t.Errorf("/health with 0.1 s: status = %d after %s, want 503", a.status, a.took)
+	}
+	for _, path := range []string{"/", "/metrics"} {
+		if a := p.ask("GET", path, ""); a.status != http.StatusOK || a.took > 300*time.Millisecond {
+			t.Errorf("%s: status = %d after %s, want 200 at once", path, a.status, a.took)
+		}
+	}
+	health.Wait()
+	if m := p.metrics(t); m.RequestsInFlight != 1 || m.StreamsActive != 0 {
+		t.Errorf("in flight = %d, streams = %d, want none but this request", m.RequestsInFlight, m.StreamsActive)
+	}
+	proxy.swallow(false)
+	p.awaitHealthy(t, 15*time.Second)
+}
+
+func TestSilentCassandraLeavesNothingBehind(t *testing.T) {
+	needsLong(t)
+	proxy := startProxy(t, cassandraAddress())
+	p := startService(t, proxy.settings()...)
+	p.awaitHealthy(t, 10*time.Second)
+	before := p.metrics(t)
+	proxy.swallow(true)
+	askEverything(p, func(request string, a answer) {
+		if a.status != http.StatusGatewayTimeout || a.took > defaultTimeout+time.Second {
+			t.Errorf("%s: status = %d after %s, want 504 within %s; error %v", request, a.status, a.took, defaultTimeout, a.err)
+		}
+	})
+	proxy.swallow(false)
+	p.awaitHealthy(t, 15*time.Second)
+	p.awaitQuiet(t, before)
+}
+
+func TestFrozenConnectionsAreReplaced(t *testing.T) {
+	proxy := startProxy(t, cassandraAddress())
+	p := startService(t, proxy.settings()...)
+	p.awaitHealthy(t, 10*time.Second)
+	proxy.freeze()
+	p.awaitUnhealthy(t, 9*time.Second)
+	start := time.Now()
+	p.awaitHealthy(t, 15*time.Second) // the driver alone takes 96 s
+	t.Logf("healthy again after %s", time.Since(start).Round(time.Millisecond))
+	if a := p.ask("GET", "/context_manager_safety/status", ""); !strings.Contains(a.body, `"session_id":"2"`) {
+		t.Errorf("the session was not replaced once: %s", a.body)
+	}
+}
+
+// gone is the age of a user that is not there.
+const gone = -1
+
+// load is steady: each of its clients creates, reads, changes and deletes
+// users of its own, one after another, and notes what the answers allow to be
+// there afterwards.
+type load struct {
+	p       *process
+	stop    context.CancelFunc
+	clients sync.WaitGroup
+	mu      sync.Mutex
+	answers map[int]int             // by status; 0 is none
+	failed  time.Time               // the last request that did
+	users   map[string]map[int]bool // by name, the ages that it may have
+	faults  []string
+}
+
+func startLoad(p *process, clients int) *load {
+	l := &load{p: p, answers: map[int]int{}, users: map[string]map[int]bool{}}
+	var ctx context.Context
+	ctx, l.stop = context.WithCancel(context.Background())
+	for n := range clients {
+		l.clients.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				l.live(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
+				pause(ctx, 20*time.Millisecond)
+			}
+		})
+	}
+	return l
+}
+
+// live is the life of a user, up to the first request that fails.
+func (l *load) live(name string, dies bool) {
+	may := map[int]bool{gone: true}
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.users[name] = may
+	}()
+	fields := func(age int) string { return fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age) }
+	var u userJSON
+	a := l.send(may, "POST", "/users", fields(1), http.StatusCreated, 1)
+	if a.status != http.StatusCreated || json.Unmarshal([]byte(a.body), &u) != nil {
+		return
+	}
+	path := "/users/" + u.ID
+	for _, step := range []struct {
+		method    string
+		age, want int
+	}{{"PUT", 2, http.StatusOK}, {"GET", 2, http.StatusOK}, {"DELETE", gone, http.StatusNoContent}, {"GET", gone, http.StatusNotFound}} {
+		if step.method == "DELETE" && !dies {
+			return
+		}
+		a := l.send(may, step.method, path, fields(2), step.want, step.age)
+		if a.status != step.want {
+			return
+		}
+		if step.want == http.StatusOK && !strings.Contains(a.body, `"age":2,`) {
+			l.fault("%s %s answered %s", step.method, name, a.body)
+		}
+	}
+}
+
+// send asks, and takes down what the answer means for a user: done, surely not
+// done (503), or perhaps (504).
+func (l *load) send(may map[int]bool, method, path, body string, want, age int) answer {
+	a := l.p.ask(method, path, body)
+	switch {
+	case a.err != nil:
+		l.fault("%s %s got no answer: %v", method, path, a.err)
+		may[age] = true
+	case a.status == want && method != "GET":
+		clear(may)
+		may[age] = true
+	case a.status == http.StatusGatewayTimeout && method != "GET":
+		may[age] = true
+	case a.status != want && a.status != http.StatusServiceUnavailable && a.status != http.StatusGatewayTimeout:
+		l.fault("%s %s: status = %d, want %d: %s", method, path, a.status, want, a.body)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.answers[a.status]++
+	if a.status != want {
+		l.failed = time.Now()
+	}
+	return a
+}
+
+func (l *load) fault(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.faults = append(l.faults, fmt.Sprintf(format, args...))
+}
+
+// lastFailure is when a request failed last.
+func (l *load) lastFailure() time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.failed
+}
+
+// check ends the load and compares what is there with what may be.
+func (l *load) check(t testing.TB) {
+	t.Helper()
+	l.stop()
+	l.clients.Wait()
+	a := l.p.ask("GET", "/users/stream", "", "Accept: "+ndjson, "X-Request-Timeout: 60")
+	if a.err != nil || a.status != http.StatusOK {
+		t.Fatalf("reading all users: status = %d, error %v", a.status, a.err)
+	}
+	there := map[string]int{}
+	for line := range strings.Lines(a.body) {
+		var u userJSON
+		if err := json.Unmarshal([]byte(line), &u); err != nil || u.ID == "" {
+			t.Fatalf("line %q: %v", line, err)
+		}
+		there[u.Name] = u.Age
+	}
+	for name, may := range l.users {
+		age, ok := there[name]
+		if !ok {
+			age = gone
+		}
+		if !may[age] {
+			l.fault("%s has age %d, may have %v (%d: gone)", name, age, may, gone)
+		}
+	}
+	t.Logf("answers by status: %v; %d users there of %d", l.answers, len(there), len(l.users))
+	if len(l.users) == 0 || len(l.faults) > 0 {
+		t.Errorf("%d users, %d faults, of them: %s", len(l.users), len(l.faults), strings.Join(l.faults[:min(5, len(l.faults))], "\n"))
+	}
+}
+
+func TestCutConnectionsLoseNothing(t *testing.T) {
+	proxy := startProxy(t, cassandraAddress())
+	p := startService(t, proxy.settings()...)
+	p.awaitHealthy(t, 10*time.Second)
+	l := startLoad(p, 8)
+	for range 4 {
+		count := func() int {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			return l.answers[http.StatusCreated]
+		}
+		before := count()
+		proxy.cut()
+		if !waitUntil(func() bool { return count() > before+20 }, 15*time.Second) {
+			t.Fatal("nothing was written after a cut")
+		}
+	}
+	l.check(t)
+}
+
+// selfSigned returns a certificate for 127.0.0.1 that is its own CA, and the
+// file that it is in.
+func selfSigned(t testing.TB) (tls.Certificate, string) {
+	t.Helper()
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(nil, template, template, public, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private}, file
+}
+
+func TestTLSIsVerified(t *testing.T) {
+	certificate, ca := selfSigned(t)
+	_, otherCA := selfSigned(t)
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := startProxyOn(t, listener, cassandraAddress())
+	startService(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+ca)...).awaitHealthy(t, 10*time.Second)
+	startService(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+otherCA)...).awaitRefusal(t, "certificate signed by unknown authority")
+}
+
+// awaitRefusal waits until the log says why the service cannot connect, once,
+// and checks that requests are answered 503.
+func (p *process) awaitRefusal(t testing.TB, why string) {
+	t.Helper()
+	if !waitUntil(func() bool { return strings.Contains(p.log.String(), why) }, 15*time.Second) {
+		t.Fatalf("the log does not say %q", why)
+	}
+	for _, path := range []string{"/health", "/users"} {
+		if a := p.ask("GET", path, ""); a.status != http.StatusServiceUnavailable {
+			t.Errorf("%s: status = %d, want 503", path, a.status)
+		}
+	}
+	line := regexp.MustCompile(`level=WARN msg="cannot connect to Cassandra, trying on" hosts=\[\S+\] port=\d+ error=".*` + regexp.QuoteMeta(why))
+	if !line.MatchString(p.log.String()) {
+		t.Errorf("no line matches %s in\n%s", line, p.log)
+	}
+}
+
+func TestCredentialsAreChecked(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-auth")
+	startService(t, append(n.settings(), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")...).awaitHealthy(t, 15*time.Second)
+	for _, tt := range []struct{ name, user, password, why string }{
+		{"a wrong password", "cassandra", "s3cret-typo", "Provided username cassandra and/or password are incorrect"},
+		{"a wrong user", "nobody", "s3cret-typo", "Provided username nobody and/or password are incorrect"},
+		{"none", "", "", "authentication required"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := startService(t, append(n.settings(), "CASSANDRA_USERNAME="+tt.user, "CASSANDRA_PASSWORD="+tt.password)...)
+			p.awaitRefusal(t, tt.why)
+			if strings.Contains(p.log.String(), "s3cret-typo") {
+				t.Error("the log has the password")
+			}
+		})
+	}
+}
+
+func TestSettingsOfACluster(t *testing.T) {
+	const warning = `no node is in CASSANDRA_DATACENTER, taking any" datacenter=nowhere`
+	tests := []struct {
+		setting string
+		healthy bool
+		log     string
+	}{
+		{"CASSANDRA_DATACENTER=datacenter1", true, ""},
+		{"CASSANDRA_DATACENTER=nowhere", true, warning},
+		{"CASSANDRA_CONSISTENCY=ONE", true, ""},
+		{"CASSANDRA_CONSISTENCY=TWO", false, "Cannot achieve consistency level TWO"},
+		{"CASSANDRA_REPLICATION=datacenter1:1", true, ""},
+		{"CASSANDRA_REPLICATION=3", false, "Cannot achieve consistency level LOCAL_QUORUM"},
+		{"CASSANDRA_REPLICATION=nowhere:1", false, "Unrecognized strategy option {nowhere}"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.setting, func(t *testing.T) {
+			t.Parallel()
+			p := startService(t, tt.setting)
+			if tt.healthy {
+				p.awaitHealthy(t, 20*time.Second)
+			}
+			if !waitUntil(func() bool {
+				a := p.ask("POST", "/users", `{"name":"Ada","email":"ada@example.com","age":36}`)
+				return a.status == http.StatusServiceUnavailable && !tt.healthy || a.status == http.StatusCreated
+			}, 10*time.Second) {
+				t.Error("neither 201 nor 503")
+			}
+			if !waitUntil(func() bool { p.ask("GET", "/users", ""); return strings.Contains(p.log.String(), tt.log) }, 20*time.Second) {
+				t.Errorf("no %q in the log", tt.log)
+			}
+			if h := p.ask("GET", "/health", ""); (h.status == http.StatusOK) != tt.healthy {
+				t.Errorf("/health: status = %d, want healthy: %t", h.status, tt.healthy)
+			}
+			if tt.log != warning && strings.Contains(p.log.String(), "CASSANDRA_DATACENTER") {
+				t.Errorf("a warning of the data centre:\n%s", p.log)
+			}
+		})
+	}
+}
+
+func TestOverload(t *testing.T) {
+	needsLong(t)
+	p := startService(t)
+	p.awaitHealthy(t, 10*time.Second)
+	before := p.metrics(t)
+	var statuses [600]atomic.Int64
+	ctx, stop := context.WithCancel(t.Context())
+	var probes, clients sync.WaitGroup
+	probes.Go(func() {
+		for ; ctx.Err() == nil; pause(ctx, 50*time.Millisecond) {
+			if a := p.ask("GET", "/health", ""); a.err != nil || a.took > 3*healthTimeout {
+				t.Errorf("/health under overload: status = %d after %s, error %v", a.status, a.took, a.err)
+			}
+		}
+	})
+	var slowest atomic.Int64
+	for range 2000 {
+		clients.Go(func() {
+			for range 10 {
+				a := p.ask("POST", "/users", `{"name":"Ada","email":"ada@example.com","age":36}`)
+				statuses[a.status].Add(1)
+				if a.status == http.StatusServiceUnavailable && a.header.Get("Retry-After") != "1" {
+					t.Errorf("503 with Retry-After %q", a.header.Get("Retry-After"))
+				}
+				if int64(a.took) > slowest.Load() {
+					slowest.Store(int64(a.took))
+				}
+			}
+		})
+	}
+	clients.Wait()
+	stop()
+	probes.Wait()
+	created, refused := statuses[http.StatusCreated].Load(), statuses[http.StatusServiceUnavailable].Load()
+	after := p.metrics(t)
+	t.Logf("%d answers, %d immediate 503, slowest %s, memory %d MB", created, refused, time.Duration(slowest.Load()), after.MemoryBytes>>20)
+	if created+refused != 20_000 || created < 1000 {
+		t.Errorf("answers = %d, immediate 503 = %d, want 20000 in all", created, refused)
+	}
+	if after.MemoryBytes > 256<<20 {
+		t.Errorf("memory = %d bytes", after.MemoryBytes)
+	}
+	if strings.Contains(p.log.String(), "session=2") {
+		t.Error("overload was taken for an outage: the session was replaced")
+	}
+	p.awaitQuiet(t, before)
+}
+
+func TestSlowSendersAreCutOff(t *testing.T) {
+	needsLong(t)
+	p := startService(t)
+	p.awaitHealthy(t, 10*time.Second)
+	const head = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+	tests := []struct {
+		name, at string // what is sent at once, before a byte a second
+		within   time.Duration
+	}{
+		{"header", head + "X-Slow: ", headerTimeout},
+		{"body", head + "Content-Length: 1000\r\n\r\n", defaultTimeout},
+		{"body with a deadline", head + "X-Request-Timeout: 2\r\nContent-Length: 1000\r\n\r\n", 2 * time.Second},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var senders sync.WaitGroup
+			for range 1100 {
+				senders.Go(func() { sendSlowly(t, p, tt.at, tt.within+2*time.Second) })
+			}
+			ended := make(chan struct{})
+			go func() { senders.Wait(); close(ended) }()
+			for running := true; running; {
+				if a := p.ask("POST", "/users", `{"name":"Ada","email":"ada@example.com","age":36}`); a.status != http.StatusCreated || a.took > time.Second {
+					t.Errorf("beside slow senders: status = %d after %s, error %v", a.status, a.took, a.err)
+				}
+				select {
+				case <-ended:
+					running = false
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+		})
+	}
+}
+
+// sendSlowly sends a byte a second until the service cuts the connection.
+func sendSlowly(t testing.TB, p *process, at string, within time.Duration) {
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer conn.Close()
+	start := time.Now()
+	io.WriteString(conn, at)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		for ; ctx.Err() == nil; pause(ctx, time.Second) {
+			io.WriteString(conn, " ")
+		}
+	}()
+	conn.SetReadDeadline(start.Add(within + 10*time.Second))
+	got, err := io.ReadAll(conn)
+	if took := time.Since(start); errors.Is(err, os.ErrDeadlineExceeded) || took > within {
+		t.Errorf("cut off after %s with %q, want within %s", took, got, within)
+	}
+}
+
+func TestDrainUnderLoad(t *testing.T) {
+	p := startService(t)
+	p.awaitHealthy(t, 10*time.Second)
+	var inFlight, late sync.WaitGroup
+	for range 100 {
+		inFlight.Go(func() {
+			if a := p.ask("GET", "/slow_query", ""); a.status != http.StatusOK {
+				t.Errorf("/slow_query: status = %d, want 200; error %v", a.status, a.err)
+			}
+		})
+	}
+	for range 16 {
+		late.Go(func() {
+			for {
+				a := p.ask("POST", "/users", `{"name":"Ada","email":"ada@example.com","age":36}`)
+				if a.status == http.StatusServiceUnavailable && a.header.Get("Retry-After") != "" && strings.Contains(a.body, "draining") {
+					return
+				}
+				if a.status != http.StatusCreated {
+					t.Errorf("POST /users: status = %d, want 201, or 503 when draining; error %v", a.status, a.err)
+					return
+				}
+			}
+		})
+	}
+	if !waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 4*time.Second) {
+		t.Error("the load did not start")
+	}
+	p.Process.Signal(syscall.SIGTERM)
+	late.Wait()
+	if a := p.ask("GET", "/health", ""); a.status != http.StatusServiceUnavailable || !strings.Contains(a.body, `"status":"draining"`) {
+		t.Errorf("/health: status = %d, body %s, want 503 draining", a.status, a.body)
+	}
+	inFlight.Wait()
+	<-p.exited
+	if code := p.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("exit status = %d, want 0", code)
+	}
+}
+
+// signal sends a signal to a node, the first being 0.
+func (n *node) signal(t testing.TB, i int, sig syscall.Signal) {
+	t.Helper()
+	pids, err := os.ReadFile(n.pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.Fields(string(pids))[i])
+	if err != nil || syscall.Kill(pid, sig) != nil {
+		t.Fatalf("signalling node %d of %q", i, pids)
+	}
+}
+
+// awaitAnswer waits until the node answers CQL on an address of its own.
+func (n *node) awaitAnswer(t testing.TB, host string) {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(n.addr)
+	c := cluster{hosts: []string{host}, consistency: gocql.One}
+	c.port, _ = strconv.Atoi(port)
+	answers := func() bool {
+		cfg := c.config(&countingDialer{})
+		cfg.DisableInitialHostLookup = true
+		s, err := createSession(t.Context(), cfg)
+		if err != nil {
+			pause(t.Context(), 50*time.Millisecond)
+			return false
+		}
+		defer s.Close()
+		return s.Query(selectVersion).Exec() == nil
+	}
+	if !waitUntil(answers, 3*time.Minute) {
+		t.Fatalf("the node on %s does not answer", host)
+	}
+}
+
+// outage has the node's only Cassandra fail, and checks how quickly that is
+// noticed, and how quickly its end is.
+func outage(t *testing.T, p *process, fail, mend func()) {
+	t.Helper()
+	fail()
+	p.awaitUnhealthy(t, 9*time.Second)
+	mend()
+	start := time.Now()
+	p.awaitHealthy(t, 15*time.Second)
+	t.Logf("healthy %s after Cassandra answered", time.Since(start).Round(time.Millisecond))
+	if p.hasExited() {
+		t.Fatal("the service has exited")
+	}
+}
+
+func TestOutages(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "2s")
+	p := startService(t, n.settings()...)
+	p.awaitHealthy(t, 15*time.Second)
+	l := startLoad(p, 32)
+	for range 3 {
+		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
+		time.Sleep(2 * time.Second) // of load
+	}
+	stopped := func() { n.signal(t, 0, syscall.SIGSTOP) }
+	outage(t, p, stopped, func() { time.Sleep(20 * time.Second); n.signal(t, 0, syscall.SIGCONT) })
+	n.signal(t, 0, syscall.SIGKILL)
+	second := startService(t, n.settings()...) // while it is not there
+	second.awaitRefusal(t, "connection refused")
+	n.awaitAnswer(t, "127.0.0.1")
+	p.awaitHealthy(t, 15*time.Second)
+	second.awaitHealthy(t, 15*time.Second)
+	l.check(t)
+	if lines := strings.Count(p.log.String(), "level=WARN"); lines > 100 {
+		t.Errorf("%d warnings in the log", lines)
+	}
+}
+
+func TestStoppedCassandraMeetsEveryDeadline(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-port", "0")
+	p := startService(t, n.settings()...)
+	p.awaitHealthy(t, 15*time.Second)
+	n.signal(t, 0, syscall.SIGSTOP)
+	askEverything(p, func(request string, a answer) {
+		if a.status != http.StatusGatewayTimeout || a.took > 1500*time.Millisecond {
+			t.Errorf("%s: status = %d after %s, want 504 after 0.5 s; error %v", request, a.status, a.took, a.err)
+		}
+	}, "X-Request-Timeout: 0.5")
+	if a := p.ask("GET", "/health", ""); a.status != http.StatusServiceUnavailable || a.took > 3*healthTimeout {
+		t.Errorf("/health: status = %d after %s, want 503 after %s", a.status, a.took, healthTimeout)
+	}
+	n.signal(t, 0, syscall.SIGCONT)
+	p.awaitHealthy(t, 15*time.Second)
+}
+
+func TestUnreachableAnnouncedAddress(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "2s", "-rpc-address", "203.0.113.7") // for documentation: nobody is there
+	p := startService(t, n.settings()...)
+	p.awaitHealthy(t, 15*time.Second)
+	l := startLoad(p, 32)
+	for range 2 {
+		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
+		back := time.Now()
+		time.Sleep(15 * time.Second) // of load; a session that answers once can still die
+		if late := l.lastFailure().Sub(back); late > 5*time.Second {
+			t.Errorf("a request failed %s after Cassandra was back", late)
+		}
+	}
+	l.check(t)
+}
+
+func TestThreeNodes(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-nodes", "3", "-restart", "10s")
+	p := startService(t, append(n.settings(), "CASSANDRA_REPLICATION=3")...)
+	p.awaitHealthy(t, 30*time.Second)
+	l := startLoad(p, 32)
+	time.Sleep(5 * time.Second) // of load
+	n.signal(t, 2, syscall.SIGKILL)
+	killed := time.Now()
+	late := startService(t, append(n.settings(), "CASSANDRA_REPLICATION=3")...) // its schema is one the dead node cannot agree to
+	late.awaitHealthy(t, 30*time.Second)
+	t.Logf("a service that starts without one node is healthy after %s", time.Since(killed))
+	n.awaitAnswer(t, "127.0.0.3")
+	time.Sleep(10 * time.Second) // of load, while it catches up
+	l.check(t)
+	total, failures := 0, 0
+	for status, count := range l.answers {
+		total += count
+		if status == http.StatusServiceUnavailable || status == http.StatusGatewayTimeout {
+			failures += count
+		}
+	}
+	t.Logf("%d of %d requests failed, the last %s after the death", failures, total, l.lastFailure().Sub(killed))
+	if failures*100 > total || l.lastFailure().Sub(killed) > 30*time.Second {
+		t.Errorf("%d of %d requests failed, the last %s after the death", failures, total, l.lastFailure().Sub(killed))
+	}
+	if total < 4000 { // so that far more than 1000 users were created and changed at once
+		t.Errorf("%d requests are no load", total)
+	}
+}
 
 // Tests of the launcher.
 

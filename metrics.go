@@ -48,6 +48,7 @@ var counters = struct {
 	rowsStreamed atomic.Int64 // by those
 	queries      atomic.Int64 // to Cassandra, those that found no connection too
 	queryErrors  atomic.Int64
+	lastAnswer   atomic.Int64 // of Cassandra to a query, in nanoseconds since 1970
 	queryRate    rate
 	queryTimes   histogram
 	routesMu     sync.Mutex
@@ -74,6 +75,9 @@ func (observer) ObserveBatch(_ context.Context, b gocql.ObservedBatch) {
 func countQuery(start, end time.Time, err error) {
 	counters.queryTimes.observe(end.Sub(start))
 	countOutcome(end, err)
+	if err == nil {
+		counters.lastAnswer.Store(end.UnixNano())
+	}
 }
 
 // countUnsent counts one that found no connection; no observer is told of it.
