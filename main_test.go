@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -22,6 +23,7 @@ import (
 	"hash/crc32"
 	"io"
 	"iter"
+	"maps"
 	"math"
 	"math/big"
 	"math/rand/v2"
@@ -339,8 +341,8 @@ type proxy struct {
 	target   string
 	mu       sync.Mutex
 	silent   bool
-	credit   int        // bytes that still pass
-	changed  *sync.Cond // the credit
+	credit   int               // bytes that still pass
+	changed  *sync.Cond        // the credit
 	conns    map[net.Conn]bool // true: frozen
 }
 
@@ -1387,6 +1389,202 @@ func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
 // Tests of metrics.go.
 
 // Tests of docs.
+
+// apiOperation is what the tests read of an operation in openapi.json, with its
+// references followed.
+type apiOperation struct {
+	Parameters []struct {
+		Name, In string
+		Example  any
+	}
+	RequestBody apiContent
+	Responses   map[string]struct {
+		apiContent
+		Headers map[string]struct{ Required bool }
+	}
+}
+
+// apiContent holds an example for each media type.
+type apiContent struct {
+	Content map[string]struct {
+		Example  json.RawMessage
+		Examples map[string]struct{ Value json.RawMessage }
+	}
+}
+
+// mediaTypes returns at least one; "" stands for no content.
+func (c apiContent) mediaTypes() []string {
+	if c.Content == nil {
+		return []string{""}
+	}
+	return slices.Sorted(maps.Keys(c.Content))
+}
+
+func (c apiContent) example(mediaType string) json.RawMessage {
+	for _, example := range c.Content[mediaType].Examples {
+		return example.Value
+	}
+	return c.Content[mediaType].Example
+}
+
+// readOpenAPI returns the operations that GET /openapi.json documents, by the
+// pattern of their route, as in "GET /users/{id}".
+func readOpenAPI(t testing.TB) map[string]apiOperation {
+	t.Helper()
+	root := decode[map[string]any](t, call(t, "GET", "/openapi.json", ""), http.StatusOK)
+	operations := map[string]apiOperation{}
+	for path, item := range followRefs(root, root["paths"]).(map[string]any) {
+		shared := item.(map[string]any)["parameters"].([]any)
+		delete(item.(map[string]any), "parameters")
+		for method, value := range item.(map[string]any) {
+			value := value.(map[string]any)
+			own, _ := value["parameters"].([]any)
+			value["parameters"] = slices.Concat(own, shared)
+			text, _ := json.Marshal(value)
+			var operation apiOperation
+			if err := json.Unmarshal(text, &operation); err != nil {
+				t.Fatalf("%s %s: %v", method, path, err)
+			}
+			operations[strings.ToUpper(method)+" "+path] = operation
+		}
+	}
+	return operations
+}
+
+// followRefs returns the node with what its references name in their place.
+func followRefs(root map[string]any, node any) any {
+	switch node := node.(type) {
+	case map[string]any:
+		if ref, ok := node["$ref"].(string); ok {
+			var target any = root
+			for _, name := range strings.Split(ref, "/")[1:] {
+				target = target.(map[string]any)[name]
+			}
+			return followRefs(root, target)
+		}
+		followed := map[string]any{}
+		for name, value := range node {
+			followed[name] = followRefs(root, value)
+		}
+		return followed
+	case []any:
+		followed := []any{}
+		for _, value := range node {
+			followed = append(followed, followRefs(root, value))
+		}
+		return followed
+	}
+	return node
+}
+
+func TestOpenAPIHasTheRoutesAndNoOthers(t *testing.T) {
+	documented := slices.Sorted(maps.Keys(readOpenAPI(t)))
+	var routes []string
+	for _, pattern := range service.(*router).patterns {
+		routes = append(routes, strings.TrimSuffix(pattern, "{$}"))
+	}
+	slices.Sort(routes)
+	if !slices.Equal(documented, routes) {
+		t.Errorf("documented:\n%s\nroutes:\n%s", strings.Join(documented, "\n"), strings.Join(routes, "\n"))
+	}
+}
+
+func TestExamplesOfOpenAPIWork(t *testing.T) {
+	slow := []string{"GET /slow_query", "GET /long_running_query"}
+	for pattern, operation := range readOpenAPI(t) {
+		status := slices.Min(slices.Collect(maps.Keys(operation.Responses)))
+		if pattern == "POST /shutdown" {
+			status = "403" // the test's peer is not loopback
+		}
+		for _, contentType := range operation.RequestBody.mediaTypes() {
+			for _, accept := range operation.Responses[status].mediaTypes() {
+				t.Run(strings.Join([]string{pattern, contentType, accept}, " "), func(t *testing.T) {
+					if slices.Contains(slow, pattern) {
+						needsLong(t)
+					}
+					w := operation.callExample(t, pattern, contentType, accept)
+					if got := strconv.Itoa(w.Code); got != status {
+						t.Fatalf("status = %s, want %s; body: %s", got, status, w.Body)
+					}
+					operation.checkAnswer(t, w, status, accept)
+				})
+			}
+		}
+	}
+}
+
+// callExample sends the examples of all parameters and of the body; only the
+// id is a real user's.
+func (o apiOperation) callExample(t *testing.T, pattern, contentType, accept string) *httptest.ResponseRecorder {
+	t.Helper()
+	method, path, _ := strings.Cut(pattern, " ")
+	path = strings.Replace(path, "{id}", aUser(t).ID, 1)
+	headers := []string{"Accept: " + accept, "Content-Type: " + contentType}
+	query := url.Values{}
+	for _, p := range o.Parameters {
+		switch p.In {
+		case "query":
+			query.Set(p.Name, fmt.Sprint(p.Example))
+		case "header":
+			headers = append(headers, fmt.Sprintf("%s: %v", p.Name, p.Example))
+		}
+	}
+	return call(t, method, path+"?"+query.Encode(), string(o.RequestBody.example(contentType)), headers...)
+}
+
+// checkAnswer compares an answer with its documentation: type, required
+// headers, and the names of its members with those of the example.
+func (o apiOperation) checkAnswer(t *testing.T, w *httptest.ResponseRecorder, status, mediaType string) {
+	t.Helper()
+	if got, _, _ := strings.Cut(w.Header().Get("Content-Type"), ";"); got != mediaType {
+		t.Errorf("Content-Type = %q, want %q", got, mediaType)
+	}
+	for name, header := range o.Responses[status].Headers {
+		if header.Required && w.Header().Get(name) == "" {
+			t.Errorf("no header %s", name)
+		}
+	}
+	want := memberNames(o.Responses[status].example(mediaType))
+	if got := memberNames(w.Body.Bytes()); want != nil && got != nil && !slices.Equal(got, want) {
+		t.Errorf("members = %q, want %q", got, want)
+	}
+}
+
+// memberNames returns those of a JSON object, or of the first one in an array;
+// nil for anything else.
+func memberNames(text []byte) []string {
+	var objects []map[string]any
+	if json.Unmarshal(text, &objects) != nil {
+		objects = make([]map[string]any, 1)
+		json.Unmarshal(text, &objects[0])
+	}
+	if len(objects) == 0 {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(objects[0]))
+}
+
+func TestDocsPageLoadsNothingFromElsewhere(t *testing.T) {
+	w := call(t, "GET", "/docs", "")
+	page, policy := w.Body.String(), w.Header().Get("Content-Security-Policy")
+	for _, element := range []string{"style", "script"} {
+		inline := regexp.MustCompile(`(?s)<`+element+`\b[^>]*>(.*?)</`+element+`>`).FindAllStringSubmatch(page, -1)
+		if len(inline) != 1 {
+			t.Fatalf("%d <%s> elements, want 1", len(inline), element)
+		}
+		sum := sha256.Sum256([]byte(inline[0][1]))
+		want := fmt.Sprintf("; %s-src 'sha256-%s';", element, base64.StdEncoding.EncodeToString(sum[:]))
+		if !strings.Contains(policy, want) {
+			t.Errorf("policy %q lacks %q", policy, want)
+		}
+	}
+	if !strings.HasPrefix(policy, "default-src 'none';") || strings.Contains(policy, "unsafe") {
+		t.Errorf("policy = %q", policy)
+	}
+	if found := regexp.MustCompile(`https?://|\ssrc=|@import|\burl\(|<[^>]+\son[a-z]+=|<[^>]+\sstyle=`).FindAllString(page, -1); found != nil {
+		t.Errorf("the page has %q", found)
+	}
+}
 
 // Tests of outages, overload and drain.
 
