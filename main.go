@@ -373,7 +373,7 @@ func methodNotAllowed(methods map[string]*route) handler {
 // with a redirect in HTML that repeats the request elsewhere: here it is 404.
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	asked := r.URL.EscapedPath()
-	if clean := path.Clean(asked); asked != clean && asked != clean+"/" {
+	if clean := path.Clean("/" + asked); asked != clean && asked != clean+"/" {
 		rt.notFound.ServeHTTP(w, r)
 		return
 	}
@@ -401,7 +401,11 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // cap in flight; then the handler.
 func (rt *route) answer(w *recorder, r *http.Request) (err error) {
 	defer func() {
-		if v := recover(); v != nil {
+		switch v := recover(); v {
+		case nil:
+		case http.ErrAbortHandler:
+			err = http.ErrAbortHandler
+		default:
 			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 		}
 	}()
@@ -475,6 +479,7 @@ func receiveBody(w *recorder, r *http.Request, timeout time.Duration) error {
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):
+		control.SetReadDeadline(time.Now()) // net/http would wait for the rest before it closes the connection
 		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The body may have at most %d bytes", maxBody)}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return &problem{Status: http.StatusRequestTimeout, Detail: "The body did not arrive in time"}
@@ -518,8 +523,11 @@ func (w *recorder) Write(p []byte) (written int, err error) {
 // finish answers the handler's error, logs it if it is not the client's, and
 // returns the status to count.
 func (w *recorder) finish(r *http.Request, id string, err error) int {
-	if err == nil {
+	switch err {
+	case nil:
 		return cmp.Or(w.status, http.StatusOK)
+	case http.ErrAbortHandler:
+		return statusAborted
 	}
 	p := asProblem(r, err)
 	p.Title, p.RequestID = http.StatusText(p.Status), id
@@ -783,7 +791,9 @@ func (p *parameters) number(name string, fallback, low, high int) int {
 }
 
 func (p *parameters) reject(name, detail string) {
-	p.errs = append(p.errs, fieldError{Parameter: name, Detail: detail})
+	if e := (fieldError{Parameter: name, Detail: detail}); !slices.Contains(p.errs, e) {
+		p.errs = append(p.errs, e)
+	}
 }
 
 // err is the answer to what was rejected, or nil.

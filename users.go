@@ -407,8 +407,11 @@ func (f *fields) set(m member) (rule string) {
 
 // isAddress takes what the whole text is: no display name, no angle brackets.
 func isAddress(text string) bool {
+	if len(text) > maxEmail { // the parser takes a second for a megabyte
+		return false
+	}
 	address, err := mail.ParseAddress(text)
-	return err == nil && address.Address == text && len(text) <= maxEmail
+	return err == nil && address.Address == text
 }
 
 // parseText returns a JSON string's text, or nil if raw is something else.
@@ -439,16 +442,17 @@ func parseWhole(number string) (n int, ok bool) {
 		return 0, false // a string, null or the like
 	}
 	whole, fraction, _ := strings.Cut(digits, ".")
-	shift, err := strconv.Atoi(cmp.Or(exponent, "0"))
+	shift, _ := strconv.Atoi(cmp.Or(exponent, "0")) // out of range it is the nearest
+	shift = max(-1<<30, min(shift, 1<<30))          // far more than a body has digits, and sums do not overflow
 	digits = strings.TrimLeft(whole+fraction, "0")
 	significant := strings.TrimRight(digits, "0")
 	zeros := shift - len(fraction) + len(digits) - len(significant)
 	switch {
 	case significant == "":
 		return 0, true
-	case zeros < 0: // with an exponent out of range, too: Atoi then returns the nearest
+	case zeros < 0:
 		return 0, false
-	case err != nil || len(significant)+zeros > 9:
+	case len(significant)+zeros > 9:
 		n = 1_000_000_000
 	default:
 		n, _ = strconv.Atoi(significant + strings.Repeat("0", zeros))
