@@ -109,28 +109,32 @@ func newKeyspace(t testing.TB) string {
 	return name
 }
 
-// useKeyspace makes the handler in process serve another keyspace for a test.
-func useKeyspace(t testing.TB, name string) *session {
+// openKeyspace returns a session as the service has one, for a test.
+func openKeyspace(t testing.TB, c cluster) *gocql.Session {
 	t.Helper()
-	c := global.cluster
-	c.keyspace = name
 	db, err := c.open(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	usual := global.session.Load()
-	s := &session{Session: db, number: usual.number}
-	global.session.Store(s)
-	t.Cleanup(func() {
-		global.session.Store(usual)
-		closeSession(db)
-	})
-	return s
+	t.Cleanup(func() { closeSession(db) })
+	return db
 }
 
-// insertUsers writes n users past the service and returns their ages by id.
-// Their names have 100 characters: a thousand are a quarter of a megabyte.
-func insertUsers(t testing.TB, db *session, n int, age func(i int) int) map[string]int {
+// useKeyspace makes the handler in process serve another keyspace for a test.
+func useKeyspace(t testing.TB, name string) *gocql.Session {
+	t.Helper()
+	c := global.cluster
+	c.keyspace = name
+	db := openKeyspace(t, c)
+	usual := global.session.Load()
+	global.session.Store(&session{Session: db, number: usual.number})
+	t.Cleanup(func() { global.session.Store(usual) })
+	return db
+}
+
+// insertUsers writes n users past the service and returns their ids. Their names
+// have 100 characters: a thousand are a quarter of a megabyte.
+func insertUsers(t testing.TB, db *gocql.Session, n int, age func(i int) int) []uuid.UUID {
 	t.Helper()
 	var next atomic.Int64
 	var failure atomic.Value
@@ -151,11 +155,7 @@ func insertUsers(t testing.TB, db *session, n int, age func(i int) int) map[stri
 	if err := failure.Load(); err != nil {
 		t.Fatal(err)
 	}
-	ages := make(map[string]int, n)
-	for i, id := range ids {
-		ages[id.String()] = age(i)
-	}
-	return ages
+	return ids
 }
 
 // crowd is a keyspace of 12 000 users that some tests read and none changes.
@@ -163,14 +163,17 @@ var crowd = struct {
 	keyspace string
 	once     sync.Once
 	ages     map[string]int // by id; 120 users of each age from 0 to 99
-}{keyspace: newKeyspaceName() + "_crowd"}
+}{keyspace: newKeyspaceName() + "_crowd", ages: map[string]int{}}
 
-// useCrowd makes the handler in process serve the crowd, and returns it.
-func useCrowd(t testing.TB) map[string]int {
+// useCrowd makes the handler in process serve the crowd.
+func useCrowd(t testing.TB) {
 	t.Helper()
 	db := useKeyspace(t, crowd.keyspace)
-	crowd.once.Do(func() { crowd.ages = insertUsers(t, db, 12_000, func(i int) int { return i % 100 }) })
-	return crowd.ages
+	crowd.once.Do(func() {
+		for i, id := range insertUsers(t, db, 12_000, func(i int) int { return i % 100 }) {
+			crowd.ages[id.String()] = i % 100
+		}
+	})
 }
 
 // listen puts the handler in process behind a real listener, as run does.
@@ -2654,6 +2657,269 @@ func FuzzUserRow(f *testing.F) {
 			t.Errorf("appendJSON = %s, encoding/json has %s", got, want.String())
 		}
 	})
+}
+
+// peakMemory is the most memory in bytes that the process ever had resident.
+func (p *process) peakMemory(t testing.TB) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	if err != nil {
+		t.Skip("needs Linux's /proc:", err)
+	}
+	_, peak, _ := strings.Cut(string(status), "VmHWM:")
+	peak, _, _ = strings.Cut(peak, "kB")
+	kilobytes, _ := strconv.Atoi(strings.TrimSpace(peak))
+	return kilobytes << 10
+}
+
+// readSlowly reads until the end, or for as long as it may, at most rate bytes
+// a second, and returns how many came.
+func readSlowly(r io.Reader, rate int, atMost time.Duration) (n int64, err error) {
+	for start := time.Now(); time.Since(start) < atMost && err == nil; time.Sleep(time.Duration(n)*time.Second/time.Duration(rate) - time.Since(start)) {
+		var more int64
+		more, err = io.CopyN(io.Discard, r, int64(rate/10))
+		n += more
+	}
+	return n, err
+}
+
+// One million users, 260 MB of JSON: resident memory is bounded by fetch_size.
+// A fresh process for each reading, built without the race detector.
+func TestMemoryIsBounded(t *testing.T) {
+	needsLong(t)
+	keyspace, binary := newKeyspace(t), filepath.Join(t.TempDir(), "service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	insertUsers(t, useKeyspace(t, keyspace), 1_000_000, func(i int) int { return i % 100 })
+	const fullSpeed = math.MaxInt32
+	tests := []struct {
+		name                 string
+		streams, users, rate int
+		limit                int // bytes
+	}{
+		{"100 000 users", 1, 100_000, fullSpeed, 40 << 20},
+		{"a million users", 1, 1_000_000, fullSpeed, 40 << 20},
+		{"a minute of a million users at 1 MB/s", 1, 1_000_000, 1 << 20, 40 << 20},
+		{"20 at once", 20, 250_000, fullSpeed, 150 << 20},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s := startBinary(t, binary, "CASSANDRA_KEYSPACE="+keyspace)
+			s.awaitHealthy(t, 15*time.Second)
+			start := time.Now()
+			var readers sync.WaitGroup
+			for range tt.streams {
+				readers.Go(func() {
+					answer, err := http.Get(fmt.Sprintf("%s/users/stream?fetch_size=1000&limit=%d", s.url, tt.users))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					defer answer.Body.Close()
+					atMost := 10 * time.Minute
+					if tt.rate != fullSpeed {
+						atMost = time.Minute
+					}
+					if n, err := readSlowly(answer.Body, tt.rate, atMost); n < 20_000_000 || err != nil && err != io.EOF {
+						t.Errorf("%d bytes, %v", n, err)
+					}
+				})
+			}
+			readers.Wait()
+			peak := s.peakMemory(t)
+			t.Logf("at most %.1f MB resident, in %.1f s", float64(peak)/(1<<20), time.Since(start).Seconds())
+			if peak > tt.limit {
+				t.Errorf("%d MB resident, want at most %d", peak>>20, tt.limit>>20)
+			}
+		})
+	}
+}
+
+func TestSlowReaders(t *testing.T) {
+	needsLong(t)
+	useCrowd(t)
+	url := listen(t)
+	var readers sync.WaitGroup
+	for _, target := range []string{"/users/stream?fetch_size=5000&limit=5000", "/users/stream/pages?fetch_size=5000"} {
+		readers.Go(func() { // at 20 kB/s this takes more than a minute
+			whole := call(t, "GET", target, "").Body.Len()
+			conn := openReader(t, url, target, 1)
+			conn.SetReadDeadline(time.Now().Add(5 * time.Minute))
+			fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") // so that the connection ends
+			if n, err := readSlowly(conn, 20_000, 5*time.Minute); int(n) < whole || err != io.EOF {
+				t.Errorf("%s: %d bytes of at least %d, %v", target, n, whole, err)
+			}
+		})
+	}
+	readers.Wait()
+	start := time.Now()
+	openReader(t, url, "/users/stream", 1)
+	cut := waitUntil(func() bool { return counters.streams.Load() == 0 && counters.scans.Load() == 0 }, 3*writeTimeout)
+	if took := time.Since(start); !cut || took < writeTimeout/2 {
+		t.Errorf("a reader that takes nothing is cut: %t, after %s, want about %s", cut, took, writeTimeout)
+	}
+}
+
+// Of five million users none, or ten, are that old: Cassandra alone would run
+// into its timeout looking for them.
+func TestFilterOverFiveMillionUsers(t *testing.T) {
+	needsLong(t)
+	insertUsers(t, useKeyspace(t, newKeyspace(t)), 5_000_000, func(i int) int {
+		if i%500_000 == 0 {
+			return 120
+		}
+		return 20 + i%10
+	})
+	url := listen(t)
+	for age, want := range map[int]int{120: 10, 121: 0} {
+		start := time.Now()
+		answer, err := http.Get(fmt.Sprintf("%s/users/stream?age_filter=%d", url, age))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		first := time.Since(start)
+		var users []userJSON
+		err = json.NewDecoder(answer.Body).Decode(&users)
+		t.Logf("age_filter=%d: the status after %s, all after %s", age, first, time.Since(start))
+		if err != nil || len(users) != want || first > 3*sliceTime {
+			t.Errorf("age_filter=%d: %d users, want %d; %v; the status after %s", age, len(users), want, err, first)
+		}
+		var slowest time.Duration
+		walked := 0
+		for query, more := fmt.Sprintf("age_filter=%d", age), true; more; {
+			start := time.Now()
+			p := decode[pageJSON](t, call(t, "GET", "/users/stream/pages?"+query, ""), http.StatusOK)
+			slowest = max(slowest, time.Since(start))
+			if walked, more = walked+len(p.Users), p.HasMore; more {
+				query = "page_state=" + *p.PageState
+			}
+		}
+		if t.Logf("the slowest page took %s", slowest); walked != want || slowest > 3*pageTime {
+			t.Errorf("age_filter=%d: %d users in pages, want %d; the slowest took %s", age, walked, want, slowest)
+		}
+	}
+}
+
+// kill ends the node's process with SIGKILL.
+func (n *node) kill(t testing.TB) {
+	t.Helper()
+	text, err := os.ReadFile(n.pidFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// open returns a session to the node.
+func (n *node) open(t testing.TB, keyspace string) *gocql.Session {
+	t.Helper()
+	c := global.cluster
+	c.keyspace = keyspace
+	host, port, _ := net.SplitHostPort(n.addr)
+	c.hosts = []string{host}
+	c.port, _ = strconv.Atoi(port)
+	return openKeyspace(t, c)
+}
+
+func TestStreamWhoseNodeIsKilled(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "1s")
+	const keyspace, users = "killed", 60_000
+	insertUsers(t, n.open(t, keyspace), users, func(i int) int { return i % 100 })
+	s := startService(t, append(n.settings(), "CASSANDRA_KEYSPACE="+keyspace)...)
+	for _, accept := range []string{"application/json", ndjson} {
+		s.awaitHealthy(t, 3*time.Minute)
+		curl, file := streamByCurl(t, s.url+"/users/stream", "--header", "Accept: "+accept, "--limit-rate", "500k")
+		n.kill(t)
+		checkCut(t, curl, file, accept == ndjson)
+		s.awaitHealthy(t, 3*time.Minute)
+		if got := len(s.stream(t)); got != users {
+			t.Errorf("%d users after the restart, want %d", got, users)
+		}
+	}
+}
+
+// Batches are sent all the time while their node is killed 20 times. In the end
+// each is there whole or not at all, as its answer said.
+func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "1s")
+	const keyspace = "batches"
+	db := n.open(t, keyspace)
+	s := startService(t, append(n.settings(), "CASSANDRA_KEYSPACE="+keyspace)...)
+	var mu sync.Mutex
+	answers := map[string]int{} // status by the name of all users of the batch
+	for try := range 20 {
+		s.awaitHealthy(t, 3*time.Minute)
+		var senders sync.WaitGroup
+		stop := make(chan struct{})
+		for sender := range 4 {
+			senders.Go(func() {
+				for i := 0; ; i++ {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					name := fmt.Sprintf("%d-%d-%d", try, sender, i)
+					body := batchOf(maxBatch, func(int) (string, string) { return name, "a@example.com" })
+					answer, err := http.Post(s.url+"/users/batch", "application/json", strings.NewReader(body))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					answer.Body.Close()
+					mu.Lock()
+					answers[name] = answer.StatusCode
+					mu.Unlock()
+					if answer.StatusCode != http.StatusCreated {
+						return
+					}
+				}
+			})
+		}
+		time.Sleep(time.Duration(200+rand.IntN(300)) * time.Millisecond) // any moment will do
+		n.kill(t)
+		time.AfterFunc(2*time.Second, func() { close(stop) })
+		senders.Wait()
+	}
+	s.awaitHealthy(t, 3*time.Minute)
+	replayed := func() bool {
+		var left int
+		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
+	}
+	if !waitUntil(replayed, 3*time.Minute) {
+		t.Fatal("the batchlog is not empty after three minutes")
+	}
+	checkBatches(t, answers, s.stream(t))
+}
+
+// checkBatches fails unless the users are whole batches, as the answers said.
+func checkBatches(t *testing.T, answers map[string]int, users []userJSON) {
+	t.Helper()
+	written, outcomes := map[string]int{}, map[string]int{}
+	for _, u := range users {
+		written[u.Name]++
+	}
+	for name, status := range answers {
+		switch n := written[name]; {
+		case n != 0 && n != maxBatch:
+			t.Errorf("batch %s, answered %d: %d users, want all or none", name, status, n)
+		case status == http.StatusCreated && n == 0, status == http.StatusServiceUnavailable && n != 0:
+			t.Errorf("batch %s, answered %d: %d users", name, status, n)
+		default:
+			outcomes[fmt.Sprintf("%d with %d users", status, n)]++
+		}
+	}
+	t.Logf("answers: %v", outcomes)
 }
 
 // Tests of safety.go.

@@ -61,13 +61,15 @@ type user struct {
 // timestamp is milliseconds since 1970, all that Cassandra keeps of a time.
 type timestamp int64
 
-const timestampLayout = "2006-01-02T15:04:05.000Z"
-
 func now() timestamp { return timestamp(time.Now().UnixMilli()) }
 
-// AppendText appends RFC 3339 in UTC with exactly three digits of a second.
+// AppendText appends RFC 3339 in UTC with exactly three digits of a second. The
+// time package is three times as fast with its own layout as with ours.
 func (t timestamp) AppendText(b []byte) ([]byte, error) {
-	return time.UnixMilli(int64(t)).UTC().AppendFormat(b, timestampLayout), nil
+	at := time.UnixMilli(int64(t)).UTC()
+	b = at.AppendFormat(b, time.RFC3339)
+	ms := at.Nanosecond() / int(time.Millisecond)
+	return append(b[:len(b)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z'), nil
 }
 
 // MarshalText is what encoding/json asks for.
