@@ -392,13 +392,16 @@ func parseCertificates(file string) (string, bool) {
 	return file, err == nil && x509.NewCertPool().AppendCertsFromPEM(pem)
 }
 
+// root is the answer of GET /.
+type root struct {
+	Message   string   `json:"message"`
+	Version   string   `json:"version"`
+	Endpoints []string `json:"endpoints"`
+}
+
 // getRoot answers GET /, the liveness probe: it never touches Cassandra.
 func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
-	return writeJSON(w, http.StatusOK, map[string]any{
-		"message":   "cassandra-service-go is running!",
-		"version":   version,
-		"endpoints": rt.patterns,
-	})
+	return writeJSON(w, http.StatusOK, root{"cassandra-service-go is running!", version, rt.endpoints})
 }
 
 // health is the answer of GET /health.

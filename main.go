@@ -295,7 +295,7 @@ func newRouter(maxInFlight int) http.Handler {
 // router holds the route table and what all its routes share.
 type router struct {
 	mux         *http.ServeMux
-	patterns    []string                     // in the order of the table
+	endpoints   []string                     // in the order of the table
 	methods     map[string]map[string]*route // path → method → route
 	crossOrigin *http.CrossOriginProtection
 	notFound    *route
@@ -329,7 +329,7 @@ func (rt *router) handle(pattern string, h handler, ts ...traits) {
 	for _, t := range ts {
 		line.traits |= t
 	}
-	rt.patterns = append(rt.patterns, pattern)
+	rt.endpoints = append(rt.endpoints, strings.TrimSuffix(pattern, "{$}"))
 	method, path, _ := strings.Cut(pattern, " ")
 	if rt.methods[path] == nil {
 		rt.methods[path] = map[string]*route{}

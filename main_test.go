@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -78,7 +79,11 @@ func runTests(m *testing.M) int {
 	}
 	closeCassandra := keepConnected(cfg.cluster)
 	defer closeCassandra()
-	if !waitUntil(func() bool { return global.session.Load() != nil }, 4*time.Second) {
+	conn, err := net.DialTimeout("tcp", cassandraAddress(), 4*time.Second)
+	if err == nil {
+		conn.Close()
+	}
+	if err != nil || !waitUntil(func() bool { return global.session.Load() != nil }, time.Minute) {
 		fmt.Fprintln(os.Stderr, "The tests need a Cassandra. Type this, it starts one: go run ./cassandra go test ./...")
 		return 1
 	}
@@ -266,6 +271,13 @@ func startService(t testing.TB, settings ...string) *process {
 func startBinary(t testing.TB, binary string, settings ...string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(binary), log: &logBuffer{}, exited: make(chan struct{})}
+	p.start(t, settings...)
+	return p
+}
+
+// start starts the command as the service and waits until it listens.
+func (p *process) start(t testing.TB, settings ...string) {
+	t.Helper()
 	p.Env = append(os.Environ(), "RUN_AS_SERVICE=1", "ADDR=127.0.0.1:0")
 	if !strings.Contains(strings.Join(settings, "\n"), "CASSANDRA_KEYSPACE=") {
 		p.Env = append(p.Env, "CASSANDRA_KEYSPACE="+newKeyspace(t))
@@ -293,7 +305,6 @@ func startBinary(t testing.TB, binary string, settings ...string) *process {
 		t.Fatalf("the service did not start: %s", p.log)
 	}
 	p.url = "http://" + addr[1]
-	return p
 }
 
 // sharedKeyspace is the setting for a service that may see other tests' users.
@@ -3161,7 +3172,82 @@ func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
 
 // Tests of metrics.go.
 
-// Tests of docs.
+// Tests of docs and README.md.
+
+// TestReadme follows the README: it starts the service by its first command and
+// types what stands behind each "$ " of its sh blocks. What is printed must be
+// what stands there, but for ids, times, durations and tokens.
+func TestReadme(t *testing.T) {
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllSubmatch(text, -1)
+	p := &process{Cmd: exec.Command("sh", "-c", "exec "+strings.TrimPrefix(string(blocks[0][1]), "$ ")), log: &logBuffer{}, exited: make(chan struct{})}
+	p.start(t)
+	p.awaitHealthy(t, 15*time.Second)
+	shell := startShell(t)
+	var want, got strings.Builder
+	for _, block := range blocks[2:] {
+		for line := range strings.Lines(string(block[1])) {
+			want.WriteString(line)
+			command, isCommand := strings.CutPrefix(line, "$ ")
+			if !isCommand {
+				continue
+			}
+			got.WriteString(line + shell(strings.ReplaceAll(command, "localhost:8000", strings.TrimPrefix(p.url, "http://"))))
+		}
+	}
+	printed, promised := strings.Split(mask(got.String()), "\n"), strings.Split(mask(want.String()), "\n")
+	for i := range min(len(printed), len(promised)) {
+		if printed[i] != promised[i] {
+			t.Fatalf("the tour printed\n%s\nthe README has\n%s", printed[i], promised[i])
+		}
+	}
+	if len(printed) != len(promised) {
+		t.Errorf("the tour printed %d lines, the README has %d", len(printed), len(promised))
+	}
+	if !waitUntil(p.hasExited, 30*time.Second) || p.ProcessState.ExitCode() != 0 {
+		t.Errorf("the service did not end well after the tour: %v", p.ProcessState)
+	}
+}
+
+// mask hides what differs from run to run: ids, times, durations, tokens.
+func mask(text string) string {
+	for _, varying := range []string{
+		`[0-9a-f]{8}-[0-9a-f-]{27}`, `[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z`, `Date: .*`, `X-Request-Id: .*`,
+		`"(request_id|cassandra_version|keyspace)":"[^"]*"`, `"(duration|latency_ms)":[0-9.e-]+`, `page_state=[\w-]+`,
+	} {
+		text = regexp.MustCompile(varying).ReplaceAllString(text, "…")
+	}
+	return text
+}
+
+// startShell returns what runs a command line and returns its output.
+func startShell(t *testing.T) func(command string) string {
+	t.Helper()
+	const end = "end of this command's output"
+	cmd := exec.CommandContext(t.Context(), "bash")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	return func(command string) (output string) {
+		fmt.Fprintf(in, "%s\nprintf '\\n%%s\\n' %q\n", strings.TrimSpace(command), end)
+		for lines.Scan() && lines.Text() != end {
+			output += strings.TrimSuffix(lines.Text(), "\r") + "\n"
+		}
+		return strings.TrimSuffix(output, "\n")
+	}
+}
 
 // apiOperation is what the tests read of an operation in openapi.json, with its
 // references followed.
@@ -3252,11 +3338,7 @@ func followRefs(root map[string]any, node any) any {
 
 func TestOpenAPIHasTheRoutesAndNoOthers(t *testing.T) {
 	documented := slices.Sorted(maps.Keys(readOpenAPI(t)))
-	var routes []string
-	for _, pattern := range service.(*router).patterns {
-		routes = append(routes, strings.TrimSuffix(pattern, "{$}"))
-	}
-	slices.Sort(routes)
+	routes := slices.Sorted(slices.Values(service.(*router).endpoints))
 	if !slices.Equal(documented, routes) {
 		t.Errorf("documented:\n%s\nroutes:\n%s", strings.Join(documented, "\n"), strings.Join(routes, "\n"))
 	}

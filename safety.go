@@ -63,7 +63,10 @@ func takeTime(d time.Duration, message string) handler {
 		if _, err := readOne(r.Context(), selectVersion); err != nil {
 			return err
 		}
-		return writeJSON(w, http.StatusOK, map[string]any{"message": message, "duration": time.Since(start).Seconds()})
+		return writeJSON(w, http.StatusOK, struct {
+			Message  string  `json:"message"`
+			Duration float64 `json:"duration"` // seconds
+		}{message, time.Since(start).Seconds()})
 	}
 }
 
