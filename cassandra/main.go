@@ -528,8 +528,7 @@ func (c *cluster) launch(n *node) error {
 	}
 	n.cmd, n.ended = cmd, make(chan struct{})
 	go func() {
-		cmd.Wait()
-		c.reaper.tell("forget", cmd.Process.Pid)
+		c.reaper.wait(cmd)
 		close(n.ended)
 	}()
 	return c.writePids()
@@ -673,7 +672,7 @@ func (c *cluster) askMaven(mvn, file string) error {
 	if err := c.reaper.start(cmd); err != nil {
 		return err
 	}
-	if err := cmd.Wait(); err != nil {
+	if err := c.reaper.wait(cmd); err != nil {
 		return fmt.Errorf("mvn failed: %w\n%s", err, strings.TrimSpace(out.String()))
 	}
 	return os.Rename(result, file)
@@ -754,18 +753,38 @@ func startReaper() (*reaper, error) {
 	return r, r.cmd.Start()
 }
 
-// start starts cmd in a process group that the reaper will end.
+// start starts cmd in a process group that the reaper will end. Until the reaper knows of it, it is a shell that waits
+// for a line: a launcher killed in between would leave it behind.
 func (r *reaper) start(cmd *exec.Cmd) error {
+	if cmd.Err != nil { // there is no such command
+		return cmd.Err
+	}
+	hold, release, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer release.Close()
+	defer hold.Close()
+	cmd.Args = append([]string{"sh", "-c", `read -r line <&3 && exec "$@" 3<&-`, "sh", cmd.Path}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
+	cmd.ExtraFiles = []*os.File{hold} // is 3
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	if err := r.tell("end", cmd.Process.Pid); err != nil { // closed meanwhile
-		cmd.Process.Kill()
-		cmd.Wait()
+	if err := r.tell("end", cmd.Process.Pid); err != nil { // closed meanwhile, and the shell ends with release
+		go cmd.Wait()
 		return err
 	}
-	return nil
+	_, err = fmt.Fprintln(release, "go")
+	return err
+}
+
+// wait waits for a process that leaves no other behind in its group.
+func (r *reaper) wait(cmd *exec.Cmd) error {
+	err := cmd.Wait()
+	r.tell("forget", cmd.Process.Pid)
+	return err
 }
 
 // tell has the reaper note what there is to end, or to forget as it has ended, or to remove.
