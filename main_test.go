@@ -2856,11 +2856,11 @@ func readSlowly(r io.Reader, rate int, atMost time.Duration) (n int64, err error
 // A fresh process for each reading, built without the race detector.
 func TestMemoryIsBounded(t *testing.T) {
 	needsLong(t)
-	keyspace, binary := newKeyspace(t), filepath.Join(t.TempDir(), "service")
+	binary := filepath.Join(t.TempDir(), "service")
 	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	insertUsers(t, useKeyspace(t, keyspace), 1_000_000, func(i int) int { return i % 100 })
+	keyspace := useMillions(t, 1_000_000, func(i int) int { return i % 100 })
 	const fullSpeed = math.MaxInt32
 	tests := []struct {
 		name                 string
@@ -2930,11 +2930,24 @@ func TestSlowReaders(t *testing.T) {
 	}
 }
 
+// useMillions makes the handler in process serve n users in a keyspace of their
+// own. Without the commit log they are written several times as fast.
+func useMillions(t testing.TB, n int, age func(i int) int) (keyspace string) {
+	t.Helper()
+	keyspace = newKeyspace(t)
+	db := useKeyspace(t, keyspace)
+	if err := db.Query(`ALTER KEYSPACE "` + keyspace + `" WITH durable_writes = false`).Exec(); err != nil {
+		t.Fatal(err)
+	}
+	insertUsers(t, db, n, age)
+	return keyspace
+}
+
 // Of five million users none, or ten, are that old: Cassandra alone would run
 // into its timeout looking for them.
 func TestFilterOverFiveMillionUsers(t *testing.T) {
 	needsLong(t)
-	insertUsers(t, useKeyspace(t, newKeyspace(t)), 5_000_000, func(i int) int {
+	useMillions(t, 5_000_000, func(i int) int {
 		if i%500_000 == 0 {
 			return 120
 		}
@@ -2942,33 +2955,44 @@ func TestFilterOverFiveMillionUsers(t *testing.T) {
 	})
 	url := listen(t)
 	for age, want := range map[int]int{120: 10, 121: 0} {
+		checkFilteredStream(t, url, age, want)
+		checkFilteredPages(t, age, want)
+	}
+}
+
+func checkFilteredStream(t *testing.T, url string, age, want int) {
+	t.Helper()
+	start := time.Now()
+	answer, err := http.Get(fmt.Sprintf("%s/users/stream?age_filter=%d", url, age))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	first := time.Since(start)
+	var users []userJSON
+	err = json.NewDecoder(answer.Body).Decode(&users)
+	if err != nil || len(users) != want || first > 3*sliceTime {
+		t.Errorf("age_filter=%d: %d users, want %d; %v; the status after %s", age, len(users), want, err, first)
+	}
+	t.Logf("age_filter=%d: the status after %s, all of the stream after %s", age, first, time.Since(start))
+}
+
+func checkFilteredPages(t *testing.T, age, want int) {
+	t.Helper()
+	var slowest time.Duration
+	users, pages := 0, 0
+	for query, more := fmt.Sprintf("age_filter=%d", age), true; more; pages++ {
 		start := time.Now()
-		answer, err := http.Get(fmt.Sprintf("%s/users/stream?age_filter=%d", url, age))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer answer.Body.Close()
-		first := time.Since(start)
-		var users []userJSON
-		err = json.NewDecoder(answer.Body).Decode(&users)
-		t.Logf("age_filter=%d: the status after %s, all after %s", age, first, time.Since(start))
-		if err != nil || len(users) != want || first > 3*sliceTime {
-			t.Errorf("age_filter=%d: %d users, want %d; %v; the status after %s", age, len(users), want, err, first)
-		}
-		var slowest time.Duration
-		walked := 0
-		for query, more := fmt.Sprintf("age_filter=%d", age), true; more; {
-			start := time.Now()
-			p := decode[pageJSON](t, call(t, "GET", "/users/stream/pages?"+query, ""), http.StatusOK)
-			slowest = max(slowest, time.Since(start))
-			if walked, more = walked+len(p.Users), p.HasMore; more {
-				query = "page_state=" + *p.PageState
-			}
-		}
-		if t.Logf("the slowest page took %s", slowest); walked != want || slowest > 3*pageTime {
-			t.Errorf("age_filter=%d: %d users in pages, want %d; the slowest took %s", age, walked, want, slowest)
+		p := decode[pageJSON](t, call(t, "GET", "/users/stream/pages?"+query, ""), http.StatusOK)
+		slowest = max(slowest, time.Since(start))
+		if users, more = users+len(p.Users), p.HasMore; more {
+			query = "page_state=" + *p.PageState
 		}
 	}
+	if users != want || slowest > 3*pageTime {
+		t.Errorf("age_filter=%d: %d users in %d pages, want %d; the slowest took %s", age, users, pages, want, slowest)
+	}
+	t.Logf("age_filter=%d: %d pages, the slowest took %s", age, pages, slowest)
 }
 
 // kill ends the node's process with SIGKILL.
@@ -4697,5 +4721,82 @@ func BenchmarkCounting(b *testing.B) {
 		at := time.Now()
 		countQuery(at, at.Add(time.Millisecond), nil)
 		stats.count(200, time.Millisecond)
+	}
+}
+
+// BenchmarkFilters prints what decided how age_filter is answered: slices of the
+// token range, every row filtered here, and an SAI index. Five million users
+// with -long.
+func BenchmarkFilters(b *testing.B) {
+	n := 200_000
+	if *long {
+		n = 5_000_000
+	}
+	keyspace := useMillions(b, n, func(i int) int {
+		if i%(n/10) == 0 {
+			return 120
+		}
+		return 20 + i%10
+	})
+	whole := func(minAge int) *scan {
+		s := newScan(minAge, unlimited)
+		s.width, s.upto = math.MaxUint64, math.MaxInt64
+		return s
+	}
+	ways := []struct {
+		name string
+		scan func(minAge int) *scan
+	}{
+		{"slices", func(minAge int) *scan { return newScan(minAge, unlimited) }},
+		{"here", func(int) *scan { return newScan(noAgeFilter, unlimited) }},
+		{"index", whole},
+	}
+	for _, w := range ways {
+		if w.name == "index" {
+			createIndex(b, keyspace)
+		}
+		for _, minAge := range []int{121, 120, 25, 20} {
+			b.Run(fmt.Sprintf("%s/age=%d", w.name, minAge), func(b *testing.B) { benchmarkFilter(b, w.scan, minAge) })
+		}
+	}
+}
+
+func benchmarkFilter(b *testing.B, scan func(minAge int) *scan, minAge int) {
+	var first time.Duration
+	matching := 0
+	for b.Loop() {
+		s := scan(minAge)
+		start, pages, row := time.Now(), 0, newUserRow()
+		fetch := func(ctx context.Context) (page, error) { return s.fetch(ctx, defaultFetch) }
+		matching = 0
+		for rows, err := range pagesAhead(b.Context(), &counters.scans, fetch) {
+			if err != nil {
+				b.Fatal(err)
+			}
+			if pages++; pages == 1 {
+				first = time.Since(start)
+			}
+			for rows.Scan(row.columns...) {
+				if row.age >= minAge {
+					matching++
+				}
+			}
+		}
+	}
+	b.ReportMetric(float64(matching), "users")
+	b.ReportMetric(milliseconds(first), "ms-to-first-page")
+}
+
+// createIndex creates an SAI index and waits until it answers.
+func createIndex(b *testing.B, keyspace string) {
+	if err := admin.Query(`CREATE INDEX users_age ON "` + keyspace + `".users (age) USING 'sai'`).Exec(); err != nil {
+		b.Fatal(err)
+	}
+	queryable := func() (is bool) {
+		admin.Query(`SELECT is_queryable FROM system_views.sai_column_indexes WHERE keyspace_name = ? AND index_name = 'users_age'`, keyspace).Scan(&is)
+		return is
+	}
+	if !waitUntil(queryable, 10*time.Minute) {
+		b.Fatal("the index is not there after ten minutes")
 	}
 }
