@@ -31,7 +31,6 @@ const (
 	pingInterval   = time.Second            // also while idle: nobody else may ask for minutes
 	pingTimeout    = time.Second            // of one ping
 	deadAfter      = 3 * time.Second        // without a successful ping: try another session
-	retireAfter    = time.Second            // a replaced session is closed, so that answers on their way arrive
 	connectTimeout = 2 * time.Second        // to dial a node and to be greeted by it
 	tryTimeout     = 10 * time.Second       // to create or close a session; both can hang
 	firstRetry     = 250 * time.Millisecond // between two tries to connect, doubled up to
@@ -145,7 +144,7 @@ func watch(ctx context.Context, c cluster) {
 		lastAnswer = time.Now()
 		number++
 		if old != nil {
-			time.AfterFunc(retireAfter, func() { closeSession(old.Session) })
+			time.AfterFunc(pageTimeout, func() { closeSession(old.Session) }) // nothing is under way there by then
 		}
 	}
 }
