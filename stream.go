@@ -42,6 +42,9 @@ const (
 // 500 000 a second, so a page that finds too little runs into the node's 5 s
 // timeout at about 2.5 million rows. Therefore a filtered scan asks for slices of
 // the token range, each as wide as can be looked through in about sliceTime.
+// BenchmarkFilters compares that with others over five million users, of which
+// none, half and all match: slices take 9, 24 and 46 s, filtering here 32, 33 and
+// 38 s, an SAI index, which every write pays for, 0.2, 149 and 140 s.
 const (
 	firstSlice = 1 << 52                // of 2^64 tokens: a 4096th of the table
 	sliceTime  = 500 * time.Millisecond // a quicker slice is followed by one of twice the width
