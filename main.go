@@ -50,6 +50,8 @@ const version = "1.0.0"
 
 const (
 	maxBody        = 1 << 20          // bytes; a user is under 1 kB, this is for batches
+	smallBody      = 64 << 10         // bytes, more than most batches have; of what is larger
+	maxLarge       = 64               // are received at once, or memory would be the senders' to fill
 	maxHeader      = 16 << 10         // bytes; long enough for any page token, 431 beyond
 	defaultTimeout = 30 * time.Second // of a request without X-Request-Timeout
 	maxTimeout     = 60 * time.Second // what X-Request-Timeout is lowered to
@@ -301,6 +303,7 @@ type router struct {
 	notFound    *route
 	maxInFlight int64
 	inFlight    atomic.Int64 // of the routes that are not exempt
+	largeBodies atomic.Int64 // being received
 }
 
 // handler answers a request or returns the error that the adapter answers; it
@@ -426,7 +429,7 @@ func (rt *route) answer(w *recorder, r *http.Request) (err error) {
 		defer cancel()
 		r = r.WithContext(ctx)
 	}
-	if err := receiveBody(w, r, bodyTimeout); err != nil {
+	if err := rt.receiveBody(w, r, bodyTimeout); err != nil {
 		return err
 	}
 	if rt.traits&exempt == 0 {
@@ -469,13 +472,24 @@ func requestTimeout(r *http.Request, none bool) (time.Duration, error) {
 // receiveBody reads the whole body before the request takes one of the places
 // in flight, so that a slow sender holds up nobody. It also lets net/http
 // notice that a client left: it watches only once the body is read.
-func receiveBody(w *recorder, r *http.Request, timeout time.Duration) error {
+func (rt *router) receiveBody(w *recorder, r *http.Request, timeout time.Duration) error {
 	if r.Body == http.NoBody {
 		return nil
 	}
 	control := http.NewResponseController(w)
 	control.SetReadDeadline(time.Now().Add(timeout)) // a context does not unblock Read
-	body, err := io.ReadAll(http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody))
+	whole := http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody)
+	body, err := io.ReadAll(io.LimitReader(whole, smallBody))
+	if len(body) == smallBody {
+		defer rt.largeBodies.Add(-1)
+		if rt.largeBodies.Add(1) > maxLarge {
+			control.SetReadDeadline(time.Now()) // as below
+			return unavailable("Too many large bodies at once; try again in a second")
+		}
+		var rest []byte
+		rest, err = io.ReadAll(whole)
+		body = append(body, rest...)
+	}
 	var tooLarge *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooLarge):

@@ -4234,6 +4234,32 @@ func sendSlowly(t testing.TB, p *process, at string, within time.Duration) {
 	}
 }
 
+func TestLargeBodiesDoNotFillTheMemory(t *testing.T) {
+	p := startService(t)
+	p.awaitHealthy(t, 30*time.Second)
+	before := p.metrics(t).MemoryBytes
+	head := fmt.Sprintf("POST /users/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", maxBody)
+	for range 4 * maxLarge { // all but a byte of each
+		conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, head+strings.Repeat(" ", smallBody))
+		go io.WriteString(conn, strings.Repeat(" ", maxBody-smallBody-1)) // fails where it is refused
+	}
+	refused := func() bool { return p.metrics(t).RequestsByRoute["POST /users/batch"]["503"] == 3*maxLarge }
+	if !waitUntil(refused, 10*time.Second) {
+		t.Errorf("requests = %v, want %d refused", p.metrics(t).RequestsByRoute, 3*maxLarge)
+	}
+	if used := p.metrics(t).MemoryBytes - before; used > 4*maxLarge*maxBody {
+		t.Errorf("memory grew by %d bytes", used)
+	}
+	if a := p.ask("POST", "/users", `{"name":"Ada","email":"ada@example.com","age":36}`); a.status != http.StatusCreated {
+		t.Errorf("beside large bodies: status = %d, want 201; error %v", a.status, a.err)
+	}
+}
+
 func TestDrainUnderLoad(t *testing.T) {
 	p := startService(t)
 	p.awaitHealthy(t, 30*time.Second)
