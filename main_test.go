@@ -46,6 +46,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -2550,6 +2551,9 @@ func TestCutStreamIsSeenAsCut(t *testing.T) {
 			t.Errorf("%d users after the cut, want %d", len(users), len(crowd.ages))
 		}
 	}
+	if n := s.metrics(t).RequestsByRoute["GET /users/stream"]["aborted"]; n != 2 {
+		t.Errorf("aborted streams = %d, want 2", n)
+	}
 }
 
 // stream returns all that the process streams.
@@ -3365,6 +3369,280 @@ func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
 }
 
 // Tests of metrics.go.
+
+func TestMetricsAreWhatHappened(t *testing.T) {
+	proxy := startProxy(t, cassandraAddress())
+	p := startService(t, proxy.settings()...)
+	p.awaitHealthy(t, 15*time.Second)
+	before := p.metrics(t)
+	location := p.send(t, "POST", "/users", aBody, jsonHeader).Header().Get("Location")
+	steps := []struct {
+		method, target, body string
+		header               string
+		status               int
+		queries, errs        int64
+	}{
+		{"GET", location, "", "Accept: */*", 200, 1, 0},
+		{"GET", "/users/" + uuid.NewString(), "", "Accept: */*", 404, 1, 0},
+		{"POST", "/users", "{}", jsonHeader, 422, 0, 0},
+		{"POST", "/users/batch", batchOf(24, shortText), jsonHeader, 201, 1, 0},
+		{"GET", "/users/stream?fetch_size=10", "", "Accept: */*", 200, 3, 0}, // 10, 10 and 5 users
+		{"GET", "/users/stream/pages", "", "Accept: */*", 200, 1, 0},
+		{"GET", "/slow_query", "", "X-Request-Timeout: 0.1", 504, 0, 0},
+		{"PUT", location, aBody, jsonHeader, 200, 2, 0},
+		{"DELETE", location, "", "Accept: */*", 204, 1, 0},
+		{"GET", "/nowhere", "", "Accept: */*", 404, 0, 0},
+	}
+	want := map[string]map[string]int64{"POST /users": {"201": 1}, "GET /metrics": {"200": 1}}
+	queries, errs := int64(1), int64(0)
+	count := func(pattern, status string) {
+		if want[pattern] == nil {
+			want[pattern] = map[string]int64{}
+		}
+		want[pattern][status]++
+	}
+	patternOf := func(method, target string) string {
+		path, _, _ := strings.Cut(target, "?")
+		switch {
+		case path == "/nowhere":
+			return "none"
+		case len(path) > 36 && strings.HasPrefix(path, "/users/"):
+			return method + " /users/{id}"
+		}
+		return method + " " + path
+	}
+	for _, step := range steps {
+		if w := p.send(t, step.method, step.target, step.body, step.header); w.Code != step.status {
+			t.Fatalf("%s %s: status = %d, want %d", step.method, step.target, w.Code, step.status)
+		}
+		count(patternOf(step.method, step.target), strconv.Itoa(step.status))
+		queries, errs = queries+step.queries, errs+step.errs
+	}
+	leave(t, p.url+"/slow_query")
+	count("GET /slow_query", "499")
+	proxy.swallow(true)
+	p.send(t, "GET", location, "", "X-Request-Timeout: 0.2")
+	proxy.swallow(false)
+	count("GET /users/{id}", "504")
+	proxy.listener.Close()
+	proxy.cut()
+	p.send(t, "GET", location, "")
+	count("GET /users/{id}", "503")
+	queries, errs = queries+2, errs+2
+
+	var after metrics
+	if !waitUntil(func() bool { after = p.metrics(t); return after.RequestsInFlight == 1 }, 5*time.Second) {
+		t.Errorf("requests in flight = %d, want 1", after.RequestsInFlight)
+	}
+	got := after.RequestsByRoute
+	delete(got, "GET /health")
+	want["GET /metrics"] = got["GET /metrics"]
+	if !maps.EqualFunc(got, want, maps.Equal) {
+		t.Errorf("requests by route = %v, want %v", got, want)
+	}
+	if n := after.TotalQueries - before.TotalQueries; n != queries {
+		t.Errorf("queries = %d, want %d", n, queries)
+	}
+	if n := after.ErrorsCount - before.ErrorsCount; n != errs {
+		t.Errorf("errors = %d, want %d", n, errs)
+	}
+	if n := after.RowsStreamed - before.RowsStreamed; n != 25 {
+		t.Errorf("rows streamed = %d, want 25", n)
+	}
+	if before.ActiveConnections != 2 || after.StreamsActive != 0 || after.MemoryBytes < 1<<20 || after.MemoryBytes > 1<<30 || after.Goroutines < 5 {
+		t.Errorf("metrics before %+v, after %+v", before, after)
+	}
+	if q := after.QueryPerformance; q.P50 <= 0 || q.P95 < q.P50 || q.P99 < q.P95 || after.AverageQueryTimeMS <= 0 || after.QueriesPerSecond <= 0 {
+		t.Errorf("query performance %+v, average %g, rate %g", q, after.AverageQueryTimeMS, after.QueriesPerSecond)
+	}
+}
+
+// leave asks for a page and goes away before the answer.
+func leave(t testing.TB, url string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, "GET", url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if answer, err := http.DefaultTransport.RoundTrip(r); err == nil {
+		answer.Body.Close()
+		t.Errorf("GET %s: status = %d before the client left", url, answer.StatusCode)
+	}
+}
+
+func TestConnectionsAreCounted(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dialer countingDialer
+	conn, err := dialer.DialContext(t.Context(), "tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	counts := func() [3]int64 { return [3]int64{dialer.open.Load(), dialer.opened.Load(), dialer.failed.Load()} }
+	if got, want := counts(), [3]int64{1, 1, 0}; got != want {
+		t.Errorf("open, opened, failed = %v, want %v", got, want)
+	}
+	conn.Close()
+	conn.Close() // the driver does so, too
+	listener.Close()
+	dialer.DialContext(t.Context(), "tcp", listener.Addr().String())
+	if got, want := counts(), [3]int64{0, 1, 1}; got != want {
+		t.Errorf("open, opened, failed = %v, want %v", got, want)
+	}
+}
+
+func TestQueriesPerSecondLooksBackAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r rate
+		start := time.Now()
+		check := func(want float64) {
+			t.Helper()
+			if got := r.perSecond(start, time.Now()); got != want {
+				t.Errorf("after %s: %g per second, want %g", time.Since(start), got, want)
+			}
+		}
+		for range 10 {
+			for range 6 {
+				r.add(time.Now())
+			}
+			time.Sleep(time.Second)
+		}
+		check(6)
+		time.Sleep(20 * time.Second)
+		check(2)
+		time.Sleep(29 * time.Second)
+		check(60. / 59)
+		time.Sleep(6 * time.Second) // the first six seconds are over a minute ago
+		check(24. / 60)
+		time.Sleep(time.Minute)
+		check(0)
+		r.add(time.Now())
+		check(1. / 60)
+	})
+}
+
+func TestQuantilesLieWithinTheirBucket(t *testing.T) {
+	var h histogram
+	if got := h.quantile(.5); got != 0 {
+		t.Errorf("quantile of nothing = %g, want 0", got)
+	}
+	for i := range 100 {
+		h.observe(time.Duration(i+1) * time.Millisecond)
+	}
+	for _, tt := range []struct{ q, low, high float64 }{{.5, 49, 51}, {.95, 94, 96}, {.99, 98, 100}} {
+		if got := h.quantile(tt.q); got < tt.low || got > tt.high {
+			t.Errorf("quantile %g = %g ms, want %g to %g", tt.q, got, tt.low, tt.high)
+		}
+	}
+	h.observe(time.Hour)
+	if got := h.quantile(1); got != 60_000 {
+		t.Errorf("quantile 1 = %g ms, want the last bound", got)
+	}
+}
+
+// TestPrometheusText reads the text line by line: each sample belongs to a
+// family with HELP and TYPE, says what the JSON says, and histograms add up.
+func TestPrometheusText(t *testing.T) {
+	aUser(t)
+	call(t, "GET", "/users/"+uuid.NewString(), "")
+	for _, accept := range []string{"text/plain", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"} {
+		if got := call(t, "GET", "/metrics", "", "Accept: "+accept).Header().Get("Content-Type"); got != "text/plain; version=0.0.4; charset=utf-8" {
+			t.Errorf("Accept %s: Content-Type %s", accept, got)
+		}
+	}
+	m := collect()
+	samples := map[string]float64{}
+	families := map[string]bool{}
+	sample := regexp.MustCompile(`^([a-z_]+?)(_bucket|_sum|_count)?(\{(?:[a-z]+="[^"]*",?)*\})? (\S+)$`)
+	for line := range strings.Lines(string(m.prometheus())) {
+		line = strings.TrimSuffix(line, "\n")
+		if family, isType := strings.CutPrefix(line, "# TYPE "); isType {
+			families[strings.Fields(family)[0]] = true
+			continue
+		}
+		if strings.HasPrefix(line, "# HELP ") {
+			continue
+		}
+		parts := sample.FindStringSubmatch(line)
+		if parts == nil || !families[parts[1]] {
+			t.Errorf("not a sample of a family: %s", line)
+			continue
+		}
+		value, err := strconv.ParseFloat(parts[4], 64)
+		if _, twice := samples[parts[1]+parts[2]+parts[3]]; err != nil || twice {
+			t.Errorf("wrong or repeated: %s", line)
+		}
+		samples[parts[1]+parts[2]+parts[3]] = value
+	}
+	for name, want := range map[string]float64{
+		"cassandra_queries_total": float64(m.TotalQueries), "cassandra_query_errors_total": float64(m.ErrorsCount),
+		"cassandra_connections_open": float64(m.CassandraConnections.Open), "rows_streamed_total": float64(m.RowsStreamed), "memory_bytes": float64(m.MemoryBytes),
+		`http_requests_total{route="GET /users/{id}",status="404"}`:            float64(m.RequestsByRoute["GET /users/{id}"]["404"]),
+		`http_request_duration_seconds_count{route="POST /users"}`:             float64(m.RequestsByRoute["POST /users"]["201"] + m.RequestsByRoute["POST /users"]["422"]),
+		`http_request_duration_seconds_bucket{route="GET /metrics",le="+Inf"}`: samples[`http_request_duration_seconds_count{route="GET /metrics"}`],
+		`cassandra_query_duration_seconds_bucket{le="+Inf"}`:                   samples["cassandra_query_duration_seconds_count{}"],
+	} {
+		if got, there := samples[name]; !there || got != want {
+			t.Errorf("%s = %g, want %g", name, got, want)
+		}
+	}
+}
+
+func TestPerformanceFiguresAddUp(t *testing.T) {
+	aUser(t)
+	rates := map[string]float64{}
+	for _, mode := range []string{"async", "sync"} {
+		p := decode[performance](t, call(t, "GET", "/performance/"+mode+"?requests=500", ""), 200)
+		if p.Mode != mode || p.Requests != 500 || p.SuccessfulRequests != 500 || p.FailedRequests != 0 {
+			t.Errorf("%+v", p)
+		}
+		if math.Abs(p.RequestsPerSecond*p.TotalTime-500) > 1e-6 || math.Abs(p.AvgTimePerRequest*500-p.TotalTime) > 1e-9 {
+			t.Errorf("figures do not add up: %+v", p)
+		}
+		if p.P50 <= 0 || p.P95 < p.P50 || p.P99 < p.P95 || p.P99 > 1000*p.TotalTime {
+			t.Errorf("percentiles: %+v", p)
+		}
+		rates[mode] = p.RequestsPerSecond
+	}
+	if rates["async"] < 1.2*rates["sync"] {
+		t.Errorf("async %g reads/s, sync %g", rates["async"], rates["sync"])
+	}
+	if p := decode[performance](t, call(t, "GET", "/performance/sync?requests=1", ""), 200); p.Requests != 1 || p.P50 != p.P99 {
+		t.Errorf("one read: %+v", p)
+	}
+}
+
+func TestPerformanceWhenCassandraGoesAway(t *testing.T) {
+	proxy := startProxy(t, cassandraAddress())
+	p := startService(t, proxy.settings()...)
+	p.awaitHealthy(t, 15*time.Second)
+	start := p.metrics(t).TotalQueries
+	answer := make(chan *httptest.ResponseRecorder, 1)
+	go func() { answer <- p.send(t, "GET", "/performance/sync?requests=1000", "") }()
+	waitUntil(func() bool { return p.metrics(t).TotalQueries > start+20 }, 10*time.Second)
+	proxy.listener.Close()
+	proxy.cut()
+	got := decode[performance](t, <-answer, 200)
+	if got.FailedRequests == 0 || got.SuccessfulRequests < 20 || got.FailedRequests+got.SuccessfulRequests != 1000 {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestPerformanceRunEndsWithItsCaller(t *testing.T) {
+	p := startService(t)
+	p.awaitHealthy(t, 15*time.Second)
+	before := p.metrics(t)
+	p.ask("GET", "/performance/sync?requests=1000", "", "X-Request-Timeout: 0.05")
+	queries := p.metrics(t).TotalQueries - before.TotalQueries
+	if queries > 900 {
+		t.Errorf("%d queries in a run of 50 ms", queries)
+	}
+	p.awaitQuiet(t, before)
+}
 
 // Tests of docs and README.md.
 
