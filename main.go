@@ -608,7 +608,8 @@ type queryKind int
 const (
 	read queryKind = iota
 	write
-	conditionalWrite // a lightweight transaction, and the read after it
+	conditionalWrite // a lightweight transaction
+	readBack         // the read after one that was applied
 )
 
 func (e *queryError) Error() string { return e.doing + ": " + e.err.Error() }
@@ -667,6 +668,9 @@ func isBug(err error) bool {
 // also find its replicas gone after it proposed its write; only a serial
 // consistency in the refusal says that it came before.
 func notApplied(failed *queryError) bool {
+	if failed.kind == readBack {
+		return false
+	}
 	for _, unsent := range []error{errNotConnected, gocql.ErrNoConnections, gocql.ErrSessionClosed, gocql.ErrNoStreams} {
 		if errors.Is(failed, unsent) {
 			return true

@@ -1174,6 +1174,8 @@ func TestErrorsBecomeAnswers(t *testing.T) {
 		{"write to too few replicas", write, &gocql.RequestErrUnavailable{}, 503, gone},
 		{"transaction that may have begun", conditionalWrite, &gocql.RequestErrUnavailable{Consistency: gocql.LocalQuorum}, 504, maybe},
 		{"transaction that did not begin", conditionalWrite, &gocql.RequestErrUnavailable{Consistency: gocql.Consistency(gocql.LocalSerial)}, 503, gone},
+		{"read after an applied write without a connection", readBack, gocql.ErrNoConnections, 504, maybe},
+		{"read after an applied write of too few replicas", readBack, &gocql.RequestErrUnavailable{}, 504, maybe},
 		{"a value of the wrong type", write, gocql.MarshalError("secret"), 500, bug},
 	}
 	for _, tt := range tests {
@@ -3173,6 +3175,8 @@ func TestSelfTests(t *testing.T) {
 	}
 }
 
+var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
+
 // falseVerdict finds a member of a self-test's answer that should be true.
 var falseVerdict = regexp.MustCompile(`"\w+":false`)
 
@@ -3180,7 +3184,6 @@ func TestSelfTestsAtOnceHarmNobody(t *testing.T) {
 	aUser(t)
 	before := call(t, "GET", "/users/stream", "").Body.String()
 	state, goroutines, open := observeSession(), runtime.NumGoroutine(), connections.open.Load()
-	selfTests := []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
 	ctx, stopLoad := context.WithCancel(t.Context())
 	var load, running sync.WaitGroup
 	for range 2 {
@@ -4148,6 +4151,7 @@ const gone = -1
 // there afterwards.
 type load struct {
 	p       *process
+	ctx     context.Context
 	stop    context.CancelFunc
 	clients sync.WaitGroup
 	mu      sync.Mutex
@@ -4159,13 +4163,12 @@ type load struct {
 
 func startLoad(p *process, clients int) *load {
 	l := &load{p: p, answers: map[int]int{}, users: map[string]map[int]bool{}}
-	var ctx context.Context
-	ctx, l.stop = context.WithCancel(context.Background())
+	l.ctx, l.stop = context.WithCancel(context.Background())
 	for n := range clients {
 		l.clients.Go(func() {
-			for i := 0; ctx.Err() == nil; i++ {
+			for i := 0; l.ctx.Err() == nil; i++ {
 				l.live(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
-				pause(ctx, 20*time.Millisecond)
+				pause(l.ctx, 20*time.Millisecond)
 			}
 		})
 	}
@@ -4282,7 +4285,15 @@ func TestCutConnectionsLoseNothing(t *testing.T) {
 	p := startService(t, proxy.settings()...)
 	p.awaitHealthy(t, 30*time.Second)
 	l := startLoad(p, 8)
-	for range 4 {
+	l.clients.Go(func() { // a cut is no verdict about the session
+		for i := 0; l.ctx.Err() == nil; i++ {
+			name := selfTests[i%len(selfTests)]
+			if a := p.ask("POST", "/context_manager_safety/"+name, ""); a.status < 500 && (a.status != http.StatusOK || falseVerdict.MatchString(a.body)) || a.status == http.StatusInternalServerError {
+				t.Errorf("%s: status = %d, body %s, error %v", name, a.status, a.body, a.err)
+			}
+		}
+	})
+	for range 12 {
 		count := func() int {
 			l.mu.Lock()
 			defer l.mu.Unlock()
@@ -4441,14 +4452,13 @@ func TestOverload(t *testing.T) {
 	clients.Wait()
 	stop()
 	probes.Wait()
-	created, refused := statuses[http.StatusCreated].Load(), statuses[http.StatusServiceUnavailable].Load()
-	after := p.metrics(t)
-	t.Logf("%d answers, %d immediate 503, /health took %s at most, memory %d MB", created, refused, slowest, after.MemoryBytes>>20)
+	created, refused, memory := statuses[http.StatusCreated].Load(), statuses[http.StatusServiceUnavailable].Load(), p.metrics(t).MemoryBytes
+	t.Logf("%d answers, %d immediate 503, /health took %s at most, memory %d MB", created, refused, slowest, memory>>20)
 	if created+refused != 20_000 || created < 1000 {
 		t.Errorf("answers = %d, immediate 503 = %d, want 20000 in all", created, refused)
 	}
-	if after.MemoryBytes > 256<<20 {
-		t.Errorf("memory = %d bytes", after.MemoryBytes)
+	if memory > 256<<20 {
+		t.Errorf("memory = %d bytes", memory)
 	}
 	p.awaitQuiet(t, before)
 }

@@ -284,7 +284,7 @@ func updateAndRead(ctx context.Context, id uuid.UUID, given fields) (user, error
 	}
 	u, err := readUser(ctx, id)
 	if cause, ok := errors.AsType[*queryError](err); ok {
-		cause.kind = conditionalWrite // a failed read, but the write was applied
+		cause.kind = readBack
 	}
 	return u, err
 }
