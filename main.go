@@ -79,8 +79,12 @@ var errShutdown = errors.New("the service is shutting down")
 var docs embed.FS
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // from here on a second signal has its default effect
+	signalled, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(context.Background())
+	context.AfterFunc(signalled, func() {
+		stop() // a second signal has its default effect, even before the drain begins
+		cancel()
+	})
 	if err := run(ctx, os.Getenv, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "cassandra-service-go:", err)
 		os.Exit(1)

@@ -74,7 +74,16 @@ func TestMain(m *testing.M) {
 	os.Exit(runTests(m))
 }
 
+// binaries is a folder for what the tests build.
+var binaries string
+
 func runTests(m *testing.M) int {
+	var err error
+	if binaries, err = os.MkdirTemp("", "test-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(binaries)
 	keyspace := newKeyspaceName()
 	os.Setenv("CASSANDRA_KEYSPACE", keyspace)
 	cfg, err := loadSettings(os.Getenv)
@@ -493,9 +502,9 @@ type node struct {
 // startNode runs the launcher with flags, as in "-restart", "3s", on a free port.
 func startNode(t testing.TB, flags ...string) *node {
 	t.Helper()
-	launcher := filepath.Join(t.TempDir(), "launcher")
-	if out, err := exec.Command("go", "build", "-o", launcher, "./cassandra").CombinedOutput(); err != nil {
-		t.Fatalf("building the launcher: %v\n%s", err, out)
+	launcher, err := buildLauncher()
+	if err != nil {
+		t.Fatal(err)
 	}
 	n := &node{pidFile: filepath.Join(t.TempDir(), "pid")}
 	flags = append(flags, "-pid", n.pidFile, "sh", "-c", "echo $CASSANDRA_HOSTS:$CASSANDRA_PORT; exec sleep 3600")
@@ -3558,6 +3567,10 @@ func TestPrometheusText(t *testing.T) {
 		}
 	}
 	m := collect()
+	var creations int64
+	for _, n := range m.RequestsByRoute["POST /users"] {
+		creations += n
+	}
 	samples := map[string]float64{}
 	families := map[string]bool{}
 	sample := regexp.MustCompile(`^([a-z_]+?)(_bucket|_sum|_count)?(\{(?:[a-z]+="[^"]*",?)*\})? (\S+)$`)
@@ -3585,7 +3598,7 @@ func TestPrometheusText(t *testing.T) {
 		"cassandra_queries_total": float64(m.TotalQueries), "cassandra_query_errors_total": float64(m.ErrorsCount),
 		"cassandra_connections_open": float64(m.CassandraConnections.Open), "rows_streamed_total": float64(m.RowsStreamed), "memory_bytes": float64(m.MemoryBytes),
 		`http_requests_total{route="GET /users/{id}",status="404"}`:            float64(m.RequestsByRoute["GET /users/{id}"]["404"]),
-		`http_request_duration_seconds_count{route="POST /users"}`:             float64(m.RequestsByRoute["POST /users"]["201"] + m.RequestsByRoute["POST /users"]["422"]),
+		`http_request_duration_seconds_count{route="POST /users"}`:             float64(creations),
 		`http_request_duration_seconds_bucket{route="GET /metrics",le="+Inf"}`: samples[`http_request_duration_seconds_count{route="GET /metrics"}`],
 		`cassandra_query_duration_seconds_bucket{le="+Inf"}`:                   samples["cassandra_query_duration_seconds_count{}"],
 	} {
@@ -4725,7 +4738,181 @@ func TestThreeNodes(t *testing.T) {
 	}
 }
 
-// Tests of the launcher.
+// Tests of the launcher. With CASSANDRA_HOSTS set it starts no node, so that what
+// it does for COMMAND is seen at once.
+
+// buildLauncher builds the launcher once.
+var buildLauncher = sync.OnceValues(func() (string, error) {
+	file := filepath.Join(binaries, "cassandra")
+	if out, err := exec.Command("go", "build", "-o", file, "./cassandra").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w\n%s", err, out)
+	}
+	return file, nil
+})
+
+// launcher returns the command, not yet started, with a temporary folder of its own that must be empty at the end.
+func launcher(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	file, err := buildLauncher()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmp := t.TempDir()
+	t.Cleanup(func() {
+		if left, _ := os.ReadDir(tmp); len(left) > 0 {
+			t.Errorf("the launcher left %v", left)
+		}
+	})
+	cmd := exec.Command(file, args...)
+	cmd.Env = append(os.Environ(), "CASSANDRA_HOSTS=192.0.2.1", "TMPDIR="+tmp)
+	return cmd
+}
+
+// startCommand starts a launcher whose COMMAND is a shell script that says "ready" first, and returns what comes after.
+func startCommand(t *testing.T, script string) (*exec.Cmd, *bufio.Reader) {
+	t.Helper()
+	cmd := launcher(t, "sh", "-c", script)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill() })
+	lines := bufio.NewReader(out)
+	if line, err := lines.ReadString('\n'); line != "ready\n" {
+		t.Fatalf("COMMAND said %q (%v), want ready", line, err)
+	}
+	return cmd, lines
+}
+
+func exitStatus(err error) int {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return exit.ExitCode()
+	}
+	return 0
+}
+
+func TestLauncherStatus(t *testing.T) {
+	tests := []struct {
+		name string
+		args []string
+		in   string
+		want int
+		out  string
+	}{
+		{"COMMAND's own", []string{"sh", "-c", "exit 7"}, "", 7, ""},
+		{"a signal", []string{"sh", "-c", "kill -9 $$"}, "", 137, ""},
+		{"no such COMMAND", []string{"/nowhere/at/all"}, "", 127, ""},
+		{"piped input", []string{"cat"}, "hello", 0, "hello"},
+		{"CASSANDRA_HOSTS stays", []string{"sh", "-c", "echo $CASSANDRA_HOSTS"}, "", 0, "192.0.2.1\n"},
+		{"flags of COMMAND", []string{"echo", "-nodes", "3"}, "", 0, "-nodes 3\n"},
+		{"no nodes", []string{"-nodes", "0", "true"}, "", 2, ""},
+		{"no such port", []string{"-port", "65536", "true"}, "", 2, ""},
+		{"no address", []string{"-rpc-address", "example", "true"}, "", 2, ""},
+		{"no such flag", []string{"-x"}, "", 2, ""},
+		{"help", []string{"-h"}, "", 0, ""},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			cmd := launcher(t, tt.args...)
+			cmd.Stdin = strings.NewReader(tt.in)
+			out, err := cmd.Output()
+			if got := exitStatus(err); got != tt.want {
+				t.Errorf("status = %d, want %d", got, tt.want)
+			}
+			if string(out) != tt.out {
+				t.Errorf("output = %q, want %q", out, tt.out)
+			}
+		})
+	}
+}
+
+func TestLauncherPassesSignalsOnce(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			cmd, out := startCommand(t, `trap 'echo signal' INT TERM HUP; echo ready
+				i=0; while [ $i -lt 10 ]; do sleep 0.1; i=$((i+1)); done; exit 9`)
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+			rest, _ := io.ReadAll(out)
+			if got := exitStatus(cmd.Wait()); got != 9 {
+				t.Errorf("status = %d, want 9", got)
+			}
+			if string(rest) != "signal\n" {
+				t.Errorf("COMMAND saw %q, want one signal", rest)
+			}
+		})
+	}
+}
+
+// A signal ends `go run` before its child: the launcher has to wait for that one too.
+func TestLauncherWaitsForTheGroup(t *testing.T) {
+	cmd, out := startCommand(t, `(trap 'sleep 0.5; echo drained; exit' TERM; echo ready; while :; do sleep 0.1; done) & wait`)
+	cmd.Process.Signal(syscall.SIGTERM)
+	rest, _ := io.ReadAll(out) // before Wait, which closes the pipe
+	if got := exitStatus(cmd.Wait()); got != 143 {
+		t.Errorf("status = %d, want 143", got)
+	}
+	if string(rest) != "drained\n" {
+		t.Errorf("COMMAND's child said %q, want drained", rest)
+	}
+}
+
+// What COMMAND runs holds its output open: the end of that is the end of every process.
+func TestLauncherLeavesNoProcess(t *testing.T) {
+	const script = `trap 'echo asked; exit' TERM; echo ready; while :; do sleep 0.1; done`
+	t.Run("when it is killed", func(t *testing.T) {
+		cmd, out := startCommand(t, script)
+		cmd.Process.Kill()
+		if rest, _ := io.ReadAll(out); string(rest) != "asked\n" {
+			t.Errorf("COMMAND said %q, want asked", rest)
+		}
+		cmd.Wait()
+	})
+	t.Run("when its parent is killed", func(t *testing.T) {
+		cmd := launcher(t)
+		parent := exec.Command("sh", "-c", `"$@" & wait`, "sh", cmd.Path, "sh", "-c", script)
+		parent.Env = cmd.Env
+		pipe, _ := parent.StdoutPipe()
+		if err := parent.Start(); err != nil {
+			t.Fatal(err)
+		}
+		out := bufio.NewReader(pipe)
+		out.ReadString('\n')
+		parent.Process.Kill()
+		if rest, _ := io.ReadAll(out); string(rest) != "asked\n" {
+			t.Errorf("COMMAND said %q, want asked", rest)
+		}
+		parent.Wait()
+	})
+}
+
+// One start, about 10 s: an own node on a port of its own, killed, back with its data, stopped, gone.
+func TestLauncherRestartsANode(t *testing.T) {
+	needsLong(t)
+	pids := filepath.Join(t.TempDir(), "pids")
+	cmd := launcher(t, "-pid", pids, "-restart", "1s", "-auth", "sh", "-c", `
+		test "$CASSANDRA_HOSTS $CASSANDRA_USERNAME $CASSANDRA_PASSWORD" = "127.0.0.1 cassandra cassandra" || exit 1
+		first=$(cat "$0"); kill -9 $first
+		i=0; while [ "$(cat "$0")" = $first ] && [ $i -lt 300 ]; do sleep 0.1; i=$((i+1)); done
+		second=$(cat "$0"); echo $second; kill -STOP $second`, pids)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, &said)
+	}
+	second, err := strconv.Atoi(strings.TrimSpace(string(out)))
+	if err != nil || !errors.Is(syscall.Kill(second, 0), syscall.ESRCH) {
+		t.Errorf("node %d, started again and then stopped, is still there (%v)", second, err)
+	}
+	if _, err := os.Stat(pids); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the file of ids: %v, want none", err)
+	}
+}
 
 // Benchmarks. Each does the same work in several ways, in turn, in one run, and
 // reports the ratios of their rates: those last, while a machine's absolute
