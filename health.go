@@ -37,7 +37,7 @@ const (
 	lastRetry      = time.Second            // this: Cassandra is to be found within 5 s
 	agreeTimeout   = 2 * time.Second        // for the nodes to agree on the schema; one that is down does not
 	logInterval    = 10 * time.Second       // between two lines of the driver, 4 a second in an outage
-	pageTimeout    = 12 * time.Second       // of one page, above the node's own 10 s for a range
+	pageTimeout    = 12 * time.Second       // of one page, above the node's own for a range: 5 s, or 10
 )
 
 const (

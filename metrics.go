@@ -248,6 +248,7 @@ type metrics struct {
 	Goroutines           int                         `json:"goroutines"`
 	MemoryBytes          uint64                      `json:"memory_bytes"`
 	UptimeSeconds        float64                     `json:"uptime_seconds"`
+	scansOpen            int64                       // in Prometheus' text only
 }
 
 type percentiles struct {
@@ -283,6 +284,7 @@ func collect() metrics {
 		QueryPerformance:     percentiles{counters.queryTimes.quantile(.5), counters.queryTimes.quantile(.95), counters.queryTimes.quantile(.99)},
 		CassandraConnections: connectionCounts{connections.open.Load(), connections.opened.Load(), connections.failed.Load()},
 		StreamsActive:        counters.streams.Load(),
+		scansOpen:            counters.scans.Load(),
 		RowsStreamed:         counters.rowsStreamed.Load(),
 		Goroutines:           runtime.NumGoroutine(),
 		MemoryBytes:          memoryBytes(),
@@ -333,6 +335,7 @@ func (m metrics) prometheus() []byte {
 	value("cassandra_connections_failed_total", "counter", "Dials to Cassandra that failed.", float64(m.CassandraConnections.Failed))
 	value("http_requests_in_flight", "gauge", "HTTP requests being answered.", float64(m.RequestsInFlight))
 	value("streams_active", "gauge", "Streams of users under way.", float64(m.StreamsActive))
+	value("scans_open", "gauge", "Iterations over users that have not ended.", float64(m.scansOpen))
 	value("rows_streamed_total", "counter", "Users sent by streams.", float64(m.RowsStreamed))
 	value("goroutines", "gauge", "Goroutines of the process.", float64(m.Goroutines))
 	value("memory_bytes", "gauge", "Memory the process has from the system.", float64(m.MemoryBytes))
