@@ -60,6 +60,7 @@ const (
 	writeTimeout   = 30 * time.Second // for a client to take one write
 	sendBuffer     = 64 << 10         // bytes; by default Linux hides a slow reader behind megabytes
 	cutTimeout     = 2 * time.Second  // for handlers to notice that the drain is over
+	gcPercent      = 300              // a heap of few live megabytes would be collected 40 times a second at 100
 
 	statusClientLeft = 499 // counted, never sent: nobody is there to read it
 	statusAborted    = 0   // counted: the answer was cut after its status line
@@ -99,6 +100,7 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 		return err
 	}
 	slog.SetDefault(slog.New(cfg.logHandler(stderr)))
+	debug.SetGCPercent(gcPercent)
 	listener, err := net.Listen("tcp", cfg.addr)
 	if err != nil {
 		return fmt.Errorf("listening on ADDR: %w", err)

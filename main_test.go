@@ -39,6 +39,7 @@ import (
 	"reflect"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -4964,32 +4965,43 @@ type way struct {
 }
 
 const (
-	benchRounds = 5                      // of all ways in turn; the median counts
-	benchTime   = 400 * time.Millisecond // of one way in one round, at least
+	benchRounds = 9                      // of all ways in turn, after one to warm up
+	benchTime   = 300 * time.Millisecond // of one way in one round, at least
 )
 
-// compare reports the rate of each way, and its ratio to that of the first.
+// compare reports the median rate of each way, and the median of its ratios to
+// the first way's rate in the same round.
 func compare(b *testing.B, clients int, ways []way) {
 	b.Helper()
+	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
 	for b.Loop() {
-		rates := make([][]float64, len(ways))
-		for range benchRounds {
+		rates, ratios := make([][]float64, len(ways)), make([][]float64, len(ways))
+		for round := range benchRounds + 1 {
+			first := 0.0
 			for i, w := range ways {
-				rates[i] = append(rates[i], rateOf(b, clients, w.do))
+				rate := rateOf(b, clients, w.do)
+				if i == 0 {
+					first = rate
+				}
+				if round > 0 {
+					rates[i], ratios[i] = append(rates[i], rate), append(ratios[i], rate/first)
+				}
 			}
 		}
 		for i, w := range ways {
-			slices.Sort(rates[i])
 			b.ReportMetric(median(rates[i]), w.name+"/s")
 			if i > 0 {
-				b.ReportMetric(median(rates[i])/median(rates[0]), w.name+":"+ways[0].name)
+				b.ReportMetric(median(ratios[i]), w.name+":"+ways[0].name)
 			}
 		}
 	}
 	b.ReportMetric(0, "ns/op")
 }
 
-func median(sorted []float64) float64 { return sorted[len(sorted)/2] }
+func median(values []float64) float64 {
+	slices.Sort(values)
+	return values[len(values)/2]
+}
 
 // rateOf runs do by so many clients at once and returns rows per second.
 func rateOf(b *testing.B, clients int, do func() (int, error)) float64 {
