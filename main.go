@@ -50,8 +50,8 @@ const version = "1.0.0"
 
 const (
 	maxBody        = 1 << 20          // bytes; a user is under 1 kB, this is for batches
-	smallBody      = 64 << 10         // bytes, more than most batches have; of what is larger
-	maxLarge       = 64               // are received at once, or memory would be the senders' to fill
+	smallBody      = 64 << 10         // bytes, more than most batches have
+	maxLarge       = 64               // bodies above smallBody received at once: they are held in memory
 	maxHeader      = 16 << 10         // bytes; long enough for any page token, 431 beyond
 	defaultTimeout = 30 * time.Second // of a request without X-Request-Timeout
 	maxTimeout     = 60 * time.Second // what X-Request-Timeout is lowered to
@@ -80,10 +80,11 @@ var errShutdown = errors.New("the service is shutting down")
 var docs embed.FS
 
 func main() {
+	// Two contexts, since stop ends its own: the handler is gone before run knows.
 	signalled, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	ctx, cancel := context.WithCancel(context.Background())
 	context.AfterFunc(signalled, func() {
-		stop() // a second signal has its default effect, even before the drain begins
+		stop() // so a second signal has its default effect
 		cancel()
 	})
 	if err := run(ctx, os.Getenv, os.Stderr); err != nil {
@@ -288,8 +289,8 @@ func newRouter(maxInFlight int) http.Handler {
 	handle("DELETE /users/{id}", deleteUser)
 	handle("GET /performance/async", heavy(measure("async", runAtOnce)))
 	handle("GET /performance/sync", heavy(measure("sync", runInTurn)))
-	handle("GET /slow_query", takeTime(5*time.Second, "Slow query completed"))
-	handle("GET /long_running_query", takeTime(10*time.Second, "Long running query completed"))
+	handle("GET /slow_query", slowQuery(5*time.Second, "Slow query completed"))
+	handle("GET /long_running_query", slowQuery(10*time.Second, "Long running query completed"))
 	handle("POST /context_manager_safety/query_error", heavy(testQueryError))
 	handle("POST /context_manager_safety/streaming_error", heavy(testStreamingError))
 	handle("POST /context_manager_safety/concurrent_streams", heavy(testConcurrentStreams))
@@ -339,23 +340,23 @@ func (rt *router) handle(pattern string, h handler, ts ...traits) {
 		line.traits |= t
 	}
 	rt.endpoints = append(rt.endpoints, strings.TrimSuffix(pattern, "{$}"))
-	method, path, _ := strings.Cut(pattern, " ")
-	if rt.methods[path] == nil {
-		rt.methods[path] = map[string]*route{}
+	method, target, _ := strings.Cut(pattern, " ")
+	if rt.methods[target] == nil {
+		rt.methods[target] = map[string]*route{}
 	}
-	rt.methods[path][method] = line
+	rt.methods[target][method] = line
 }
 
 // complete registers each path once, for all methods. So a wrong method on
 // /users/batch is a 405 of that path: registered by method, it would fall
 // through to /users/{id}, and the mux's Allow would list the methods of both.
 func (rt *router) complete() http.Handler {
-	for path, methods := range rt.methods {
+	for target, methods := range rt.methods {
 		if get := methods["GET"]; get != nil {
 			methods["HEAD"] = get
 		}
-		wrongMethod := &route{router: rt, handle: methodNotAllowed(methods), stats: statsOf(path)}
-		rt.mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+		wrongMethod := &route{router: rt, handle: methodNotAllowed(methods), stats: statsOf(target)}
+		rt.mux.HandleFunc(target, func(w http.ResponseWriter, r *http.Request) {
 			cmp.Or(methods[r.Method], wrongMethod).ServeHTTP(w, r)
 		})
 	}
@@ -489,7 +490,7 @@ func (rt *router) receiveBody(w *recorder, r *http.Request, timeout time.Duratio
 	if len(body) == smallBody {
 		defer rt.largeBodies.Add(-1)
 		if rt.largeBodies.Add(1) > maxLarge {
-			control.SetReadDeadline(time.Now()) // as below
+			control.SetReadDeadline(time.Now()) // do not wait for the rest
 			return unavailable("Too many large bodies at once; try again in a second")
 		}
 		var rest []byte
@@ -627,8 +628,10 @@ func asProblem(r *http.Request, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
 	}
-	failed, isQuery := errors.AsType[*queryError](err)
-	isWrite := isQuery && failed.kind != read
+	const noCassandra = "Cassandra is not available; try again in a moment"
+	bug := &problem{Status: http.StatusInternalServerError, Detail: "Internal error; the log has it under this request_id"}
+	query, isQuery := errors.AsType[*queryError](err)
+	isWrite := isQuery && query.kind != read
 	cause := context.Cause(r.Context())
 	switch {
 	case !isQuery && errors.Is(err, os.ErrDeadlineExceeded):
@@ -636,9 +639,9 @@ func asProblem(r *http.Request, err error) *problem {
 	case cause != nil && cause != errShutdown:
 		return &problem{Status: statusClientLeft}
 	case isQuery && isBug(err):
-		return &problem{Status: http.StatusInternalServerError, Detail: "Internal error; the log has it under this request_id"}
-	case isQuery && notApplied(failed):
-		return unavailable("Cassandra is not available; try again in a moment")
+		return bug
+	case isQuery && notApplied(query):
+		return unavailable(noCassandra)
 	case isWrite:
 		return &problem{Status: http.StatusGatewayTimeout, Detail: "timeout: no answer to the write, which may have been applied; read before you try again"}
 	case cause == errShutdown:
@@ -646,9 +649,9 @@ func asProblem(r *http.Request, err error) *problem {
 	case isTimeout(err):
 		return &problem{Status: http.StatusGatewayTimeout, Detail: "timeout: the deadline passed before the answer was there"}
 	case isQuery:
-		return unavailable("Cassandra is not available; try again in a moment")
+		return unavailable(noCassandra)
 	}
-	return &problem{Status: http.StatusInternalServerError, Detail: "Internal error; the log has it under this request_id"}
+	return bug
 }
 
 // isBug reports errors that no retry and no recovery of Cassandra mends.

@@ -1,8 +1,9 @@
 // This file counts what the service does and shows it at /metrics, as JSON and
 // in Prometheus' text format, without ever asking Cassandra: atomic counters,
 // filled by the middleware, by the driver's observers and by a dialer that
-// counts connections. It also measures: /performance. It leans on users.go for
-// the read that it measures.
+// counts connections. Up to /performance, which measures the reads of users.go and
+// stream.go, it leans on four names of main.go: preferred, statusAborted,
+// writeBody and writeJSON.
 
 package main
 
@@ -384,7 +385,7 @@ type performance struct {
 
 // measure answers GET /performance/{mode}: it runs N reads of single users and
 // says how long they took.
-func measure(mode string, run func(n int, read func(i int))) handler {
+func measure(mode string, run func(n int, do func(i int))) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		params := &parameters{query: r.URL.RawQuery}
 		n := params.number("requests", defaultRequests, 1, maxRequests)
@@ -414,17 +415,17 @@ func measure(mode string, run func(n int, read func(i int))) handler {
 	}
 }
 
-func runAtOnce(n int, read func(i int)) {
+func runAtOnce(n int, do func(i int)) {
 	var reads sync.WaitGroup
 	for i := range n {
-		reads.Go(func() { read(i) })
+		reads.Go(func() { do(i) })
 	}
 	reads.Wait()
 }
 
-func runInTurn(n int, read func(i int)) {
+func runInTurn(n int, do func(i int)) {
 	for i := range n {
-		read(i)
+		do(i)
 	}
 }
 
@@ -452,7 +453,7 @@ func someIDs(ctx context.Context) ([]uuid.UUID, error) {
 	}
 	row := newUserRow()
 	ids := []uuid.UUID{}
-	for page.rows.Scan(row.columns...) {
+	for page.rows.Scan(row.dest...) {
 		ids = append(ids, uuid.UUID(row.id))
 	}
 	if len(ids) == 0 {

@@ -26,12 +26,12 @@ const (
 )
 
 const (
-	createScratch     = `CREATE TABLE IF NOT EXISTS "%s".scratch (run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
-	insertScratch     = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
-	selectScratch     = `SELECT name, age FROM scratch WHERE run = ?`
-	selectOfAge       = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
-	selectNowhere     = `SELECT name, age FROM non_existent_table_xyz`
-	selectClusterName = `SELECT cluster_name FROM system.local WHERE key = 'local'`
+	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch (run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
+	insertScratch      = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
+	selectScratch      = `SELECT name, age FROM scratch WHERE run = ?`
+	selectOfAge        = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
+	selectNowhere      = `SELECT name, age FROM non_existent_table_xyz`
+	selectClusterName  = `SELECT cluster_name FROM system.local WHERE key = 'local'`
 )
 
 // takingTurns lets n requests of the handlers that it wraps work at once; the
@@ -51,9 +51,9 @@ func takingTurns(n int) func(handler) handler {
 	}
 }
 
-// takeTime answers GET /slow_query and /long_running_query after d and one real
+// slowQuery answers GET /slow_query and /long_running_query after d and one real
 // query, unless the deadline passes or the client leaves first.
-func takeTime(d time.Duration, message string) handler {
+func slowQuery(d time.Duration, message string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		start := time.Now()
 		pause(r.Context(), d)
@@ -129,7 +129,7 @@ func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	if !isRefusal(caught) {
 		return unexpected(caught)
 	}
-	version, err := readOne(r.Context(), selectVersion)
+	release, err := readOne(r.Context(), selectVersion)
 	after := observeSession()
 	return report(w, r, queryErrorReport{
 		Test:              "query_error",
@@ -137,7 +137,7 @@ func testQueryError(w http.ResponseWriter, r *http.Request) error {
 		SessionUnchanged:  after.sameAs(before),
 		SessionOpen:       after.open,
 		SessionStillWorks: err == nil,
-		CassandraVersion:  version,
+		CassandraVersion:  release,
 	}, err)
 }
 
@@ -494,7 +494,8 @@ func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 	for n, age := range ages {
 		batch.Query(insertScratch, t.run, n, fmt.Sprintf("user %d", n), age)
 	}
-	return t, failed(read, t.db.ExecuteBatch(batch), "filling the scratch table")
+	err = t.db.ExecuteBatch(batch)
+	return t, failed(read, err, "filling the scratch table") // not write: rows half written harm nobody
 }
 
 // pages returns a fetch for pagesAhead, of 5 rows a page.

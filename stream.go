@@ -1,8 +1,9 @@
 // This file sends result sets of any size in bounded memory: as one JSON array
 // (or NDJSON) row by row, or page by page with a token for the next. It shows
 // paging by token range, back-pressure, cancellation, and why a stream that
-// fails must abort its connection. It leans on main.go (parameters, problems)
-// and on health.go (currentSession, failed).
+// fails must abort its connection. It leans on main.go (parameters, preferred, problems, writeJSON),
+// health.go (currentSession, failed), users.go (timestamp, maxAge) and three
+// counters of metrics.go.
 
 package main
 
@@ -97,7 +98,7 @@ func getPage(w http.ResponseWriter, r *http.Request) error {
 	params := &parameters{query: r.URL.RawQuery}
 	age := params.ageFilter()
 	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
-	s, given := params.pageState(pagesToken)
+	s, given := params.pageState(pagesEndpoint)
 	switch {
 	case !given:
 		s = newScan(age, params.number("limit", unlimited, 1, unlimited))
@@ -117,7 +118,7 @@ func getPage(w http.ResponseWriter, r *http.Request) error {
 	}
 	answer := pageOfUsers{Users: users, HasMore: s.more()}
 	if s.more() {
-		answer.PageState = new(s.token(pagesToken))
+		answer.PageState = new(s.token(pagesEndpoint))
 		linkNext(w, fmt.Sprintf("/users/stream/pages?fetch_size=%d&page_state=%s", fetchSize, *answer.PageState))
 	}
 	return writeJSON(w, http.StatusOK, answer)
@@ -177,13 +178,14 @@ func pagesAhead(ctx context.Context, open *atomic.Int64, fetch func(context.Cont
 	}
 }
 
-// scan is a walk through the users table in the order of its tokens, from the
-// lowest to the highest, and the place where it stands.
+// scan is a walk through the users table, and the place where it stands.
+// Cassandra hashes each key to a token from -2^63 to 2^63-1 and keeps rows in
+// the order of their tokens, the ring; the walk goes from the lowest up.
 type scan struct {
 	minAge int    // noAgeFilter, or 0 to 150
 	left   int    // rows still to be given
-	after  int64  // the token range being read is (after, upto]
-	upto   int64  //
+	after  int64  // the token range being read begins behind this
+	upto   int64  // and ends with this
 	state  []byte // Cassandra's paging state within it, empty at its start
 	width  uint64 // of a range; the whole ring where nothing is filtered
 }
@@ -268,7 +270,7 @@ func (s *scan) readPage(ctx context.Context, size int) (json.RawMessage, error) 
 			return nil, err
 		}
 		size -= page.rows.NumRows()
-		for page.rows.Scan(row.columns...) {
+		for page.rows.Scan(row.dest...) {
 			if len(array) > 1 {
 				array = append(array, ',')
 			}
@@ -284,9 +286,9 @@ func (s *scan) readPage(ctx context.Context, size int) (json.RawMessage, error) 
 // Page tokens are bound to what they were made for: Cassandra takes a paging
 // state of another query in silence and answers with wrong rows.
 const (
-	listToken  = 'l' // of GET /users
-	pagesToken = 'p' // of GET /users/stream/pages
-	startAgain = "start again without page_state"
+	listEndpoint  = 'l' // of GET /users
+	pagesEndpoint = 'p' // of GET /users/stream/pages
+	startAgain    = "start again without page_state"
 )
 
 // token packs the place of the scan into URL-safe text: endpoint, filter, rows
@@ -367,7 +369,7 @@ func (o *rowWriter) writeRows(rows *gocql.Iter) error {
 			o.buf = append(o.buf, '[')
 		}
 	}
-	for rows.Scan(o.row.columns...) {
+	for rows.Scan(o.row.dest...) {
 		if o.array && o.rows > 0 {
 			o.buf = append(o.buf, ',')
 		}
@@ -414,12 +416,12 @@ type userRow struct {
 	name, email      rawText
 	age              int
 	created, updated int64 // milliseconds since 1970
-	columns          []any // the destinations for Scan, in the order of the CQL
+	dest             []any // the destinations for Scan, in the order of the CQL
 }
 
 func newUserRow() *userRow {
 	row := new(userRow)
-	row.columns = []any{&row.id, &row.name, &row.email, &row.age, &row.created, &row.updated}
+	row.dest = []any{&row.id, &row.name, &row.email, &row.age, &row.created, &row.updated}
 	return row
 }
 

@@ -41,11 +41,11 @@ const (
 const insertAge = 10 * time.Second
 
 const (
-	createUsers = `CREATE TABLE IF NOT EXISTS "%s".users (id uuid PRIMARY KEY, name text, email text, age int, created_at timestamp, updated_at timestamp)`
-	insertUser  = `INSERT INTO users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`
-	selectUser  = `SELECT name, email, age, created_at, updated_at FROM users WHERE id = ?`
-	updateUser  = `UPDATE users SET name = ?, email = ?, age = ?, updated_at = ? WHERE id = ? IF EXISTS`
-	removeUser  = `DELETE FROM users WHERE id = ? IF EXISTS`
+	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users (id uuid PRIMARY KEY, name text, email text, age int, created_at timestamp, updated_at timestamp)`
+	insertUser       = `INSERT INTO users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`
+	selectUser       = `SELECT name, email, age, created_at, updated_at FROM users WHERE id = ?`
+	updateUser       = `UPDATE users SET name = ?, email = ?, age = ?, updated_at = ? WHERE id = ? IF EXISTS`
+	removeUser       = `DELETE FROM users WHERE id = ? IF EXISTS`
 )
 
 // user is a row of the users table and its JSON.
@@ -97,7 +97,7 @@ func postUser(w http.ResponseWriter, r *http.Request) error {
 func listUsers(w http.ResponseWriter, r *http.Request) error {
 	params := &parameters{query: r.URL.RawQuery}
 	limit := params.number("limit", defaultList, 1, maxList)
-	s, given := params.pageState(listToken)
+	s, given := params.pageState(listEndpoint)
 	if !given {
 		s = newScan(noAgeFilter, unlimited)
 	}
@@ -109,7 +109,7 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if s.more() {
-		linkNext(w, fmt.Sprintf("/users?limit=%d&page_state=%s", limit, s.token(listToken)))
+		linkNext(w, fmt.Sprintf("/users?limit=%d&page_state=%s", limit, s.token(listEndpoint)))
 	}
 	return writeJSON(w, http.StatusOK, users)
 }
@@ -187,7 +187,7 @@ func changeUser(w http.ResponseWriter, r *http.Request, whole bool, mediaTypes .
 	}
 	given, errs := parseFields(body, "", whole)
 	if errs == nil && given == (fields{}) {
-		errs = []fieldError{inBody("", "must have at least one of name, email and age")}
+		errs = []fieldError{inBody("", "must have at least one of "+fieldNames)}
 	}
 	if errs != nil {
 		return invalid(errs...)
@@ -205,7 +205,7 @@ func deleteUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := dropUser(r.Context(), id); err != nil {
+	if err := removeRow(r.Context(), id); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -233,7 +233,7 @@ func createUser(ctx context.Context, u user) error {
 	if err != nil {
 		return err
 	}
-	err = db.Query(insertUser, u.columns()...).WithContext(ctx).WithTimestamp(insertStamp()).Exec()
+	err = db.Query(insertUser, u.values()...).WithContext(ctx).WithTimestamp(insertStamp()).Exec()
 	return failed(write, err, "inserting user %s", u.ID)
 }
 
@@ -246,7 +246,7 @@ func createUsersAtOnce(ctx context.Context, users []user) error {
 	}
 	batch := db.NewBatch(gocql.LoggedBatch).WithContext(ctx).WithTimestamp(insertStamp())
 	for _, u := range users {
-		batch.Query(insertUser, u.columns()...)
+		batch.Query(insertUser, u.values()...)
 	}
 	return failed(write, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
 }
@@ -274,7 +274,7 @@ func updateAndRead(ctx context.Context, id uuid.UUID, given fields) (user, error
 	if err != nil {
 		return user{}, err
 	}
-	values := append(given.columns(), int64(now()), gocql.UUID(id))
+	values := append(given.values(), int64(now()), gocql.UUID(id))
 	applied, err := db.Query(updateUser, values...).WithContext(ctx).ScanCAS()
 	if err != nil {
 		return user{}, failed(conditionalWrite, err, "updating user %s", id)
@@ -289,8 +289,8 @@ func updateAndRead(ctx context.Context, id uuid.UUID, given fields) (user, error
 	return u, err
 }
 
-// dropUser deletes a user; that there is none is no error.
-func dropUser(ctx context.Context, id uuid.UUID) error {
+// removeRow deletes a user; that there is none is no error.
+func removeRow(ctx context.Context, id uuid.UUID) error {
 	db, err := currentSession()
 	if err != nil {
 		return err
@@ -299,13 +299,14 @@ func dropUser(ctx context.Context, id uuid.UUID) error {
 	return failed(conditionalWrite, err, "deleting user %s", id)
 }
 
-// columns are the values of insertUser.
-func (u user) columns() []any {
+// values are what insertUser takes.
+func (u user) values() []any {
 	return []any{gocql.UUID(u.ID), u.Name, u.Email, u.Age, int64(u.CreatedAt), int64(u.UpdatedAt)}
 }
 
 // userOverhead is what Cassandra 5.0 counts of a user in a batch besides the
-// name and the email: the other values, and the header of every column.
+// name and the email: the other values, and the header of every column. A new
+// column adds to it; TestLargestBatchIsTakenByCassandra tells.
 const userOverhead = 170 // bytes
 
 // bytes is the user's size in a batch as Cassandra counts it.
@@ -323,9 +324,9 @@ func (f fields) newUser() user {
 	return user{ID: uuid.New(), Name: *f.name, Email: *f.email, Age: *f.age, CreatedAt: created, UpdatedAt: created}
 }
 
-// columns are the first values of updateUser. An unset one leaves its column
+// values are the first that updateUser takes. An unset one leaves its column
 // alone; nil would write a tombstone.
-func (f fields) columns() []any {
+func (f fields) values() []any {
 	values := []any{gocql.UnsetValue, gocql.UnsetValue, gocql.UnsetValue}
 	if f.name != nil {
 		values[0] = *f.name
@@ -340,9 +341,10 @@ func (f fields) columns() []any {
 }
 
 const (
-	nameRule  = "must be text of 1 to 100 characters, not blank"
-	emailRule = "must be one plain address of at most 254 bytes, as in ada@example.com"
-	ageRule   = "must be a whole number from 0 to 150"
+	fieldNames = "name, email and age"
+	nameRule   = "must be text of 1 to 100 characters, not blank"
+	emailRule  = "must be one plain address of at most 254 bytes, as in ada@example.com"
+	ageRule    = "must be a whole number from 0 to 150"
 )
 
 // parseFields reads a user at a JSON Pointer of the body and returns all that
@@ -355,7 +357,7 @@ func parseFields(raw json.RawMessage, at string, whole bool) (fields, []fieldErr
 	}
 	members, ok := objectMembers(raw)
 	if !ok {
-		return given, []fieldError{inBody(at, "must be an object with name, email and age")}
+		return given, []fieldError{inBody(at, "must be an object with "+fieldNames)}
 	}
 	seen := map[string]bool{}
 	for _, m := range members {
@@ -392,7 +394,7 @@ func (f *fields) set(m member) (rule string) {
 			return emailRule
 		}
 	case "age":
-		n, ok := parseWhole(string(m.value))
+		n, ok := parseInteger(string(m.value))
 		if !ok {
 			return ageRule
 		}
@@ -402,7 +404,7 @@ func (f *fields) set(m member) (rule string) {
 		f.age = &n
 	case "id", "created_at", "updated_at": // the server's: what GET answered can be PUT back
 	default:
-		return "is not a field of a user; those are name, email and age, spelled so"
+		return "is not a field of a user; those are " + fieldNames + ", spelled so"
 	}
 	return ""
 }
@@ -434,10 +436,10 @@ func hasLoneSurrogate(raw json.RawMessage) bool {
 	return slices.ContainsFunc(escapes.FindAllSubmatch(raw, -1), func(match [][]byte) bool { return match[1] != nil })
 }
 
-// parseWhole returns the whole number that a JSON number is, however it is
+// parseInteger returns the whole number that a JSON number is, however it is
 // written (30, 30.0, 3e1), in exact decimal; ok is false for a fraction. What has
 // more than nine digits comes back as a thousand million with its sign.
-func parseWhole(number string) (n int, ok bool) {
+func parseInteger(number string) (n int, ok bool) {
 	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
 	digits, negative := strings.CutPrefix(mantissa, "-")
 	if digits == "" || digits[0] < '0' || digits[0] > '9' {

@@ -567,7 +567,7 @@ func (c *cluster) javaArgs(n *node, config string) []string {
 		"-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
 		"-Djdk.attach.allowAttachSelf=true",
 		"-Djava.security.manager=allow", // for Java 21
-		"-Djava.io.tmpdir="+n.dir, // a killed node can't remove the libraries it unpacked there
+		"-Djava.io.tmpdir="+n.dir,       // a killed node can't remove the libraries it unpacked there
 		"-Djna.tmpdir="+n.dir,
 		"-XX:+PerfDisableSharedMem",
 		"-XX:+ExitOnOutOfMemoryError",
