@@ -364,6 +364,12 @@ func parseHosts(text string) ([]string, bool) {
 	return hosts, true
 }
 
+// parseKeyspace takes what is safe within CQL and not Cassandra's own, which all
+// begin with "system".
+func parseKeyspace(text string) (string, bool) {
+	return text, regexp.MustCompile(`^\w{1,48}$`).MatchString(text) && !strings.HasPrefix(text, "system")
+}
+
 func parseConsistency(text string) (gocql.Consistency, bool) {
 	consistency, err := gocql.ParseConsistencyWrapper(text)
 	return consistency, err == nil && consistency != gocql.Any // ANY is for writes only
@@ -375,11 +381,13 @@ func parseReplication(text string) (string, bool) {
 	if isDigits(text) {
 		text = "replication_factor:" + text // in every data centre there is
 	}
+	seen := map[string]bool{}
 	for option := range strings.SplitSeq(text, ",") {
-		if !regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`).MatchString(option) {
+		name, factor, _ := strings.Cut(option, ":")
+		if seen[name] || !regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`).MatchString(option) {
 			return "", false
 		}
-		name, factor, _ := strings.Cut(option, ":")
+		seen[name] = true
 		options = append(options, fmt.Sprintf("'%s': %s", name, factor))
 	}
 	return "{" + strings.Join(options, ", ") + "}", true

@@ -49,18 +49,18 @@ import (
 const version = "1.0.0"
 
 const (
-	maxBody        = 1 << 20          // bytes; a user is under 1 kB, this is for batches
-	smallBody      = 64 << 10         // bytes, more than most batches have
-	maxLarge       = 64               // bodies above smallBody received at once: they are held in memory
-	maxHeader      = 16 << 10         // bytes; long enough for any page token, 431 beyond
-	defaultTimeout = 30 * time.Second // of a request without X-Request-Timeout
-	maxTimeout     = 60 * time.Second // what X-Request-Timeout is lowered to
-	headerTimeout  = 10 * time.Second // for a request's header to arrive
-	idleTimeout    = 2 * time.Minute  // of a kept-alive connection, above that of most load balancers
-	writeTimeout   = 30 * time.Second // for a client to take one write
-	sendBuffer     = 64 << 10         // bytes; by default Linux hides a slow reader behind megabytes
-	cutTimeout     = 2 * time.Second  // for handlers to notice that the drain is over
-	gcPercent      = 300              // a heap of few live megabytes would be collected 40 times a second at 100
+	maxBody        = 1 << 20                // bytes; a user is under 1 kB, this is for batches
+	smallBody      = 64 << 10               // bytes, more than most batches have
+	maxLarge       = 64                     // bodies above smallBody received at once: they are held in memory
+	maxHeader      = 16 << 10               // bytes; long enough for any page token, 431 beyond
+	defaultTimeout = 30 * time.Second       // of a request without X-Request-Timeout
+	maxTimeout     = 60 * time.Second       // what X-Request-Timeout is lowered to
+	headerTimeout  = 10 * time.Second       // for a request's header to arrive
+	idleTimeout    = 2 * time.Minute        // of a kept-alive connection, above that of most load balancers
+	writeTimeout   = 30 * time.Second       // for a client to take one write
+	sendBuffer     = 64 << 10               // bytes; by default Linux hides a slow reader behind megabytes
+	cutTimeout     = 300 * time.Millisecond // for handlers to notice that the drain is over
+	gcPercent      = 300                    // a heap of few live megabytes would be collected 40 times a second at 100
 
 	statusClientLeft = 499 // counted, never sent: nobody is there to read it
 	statusAborted    = 0   // counted: the answer was cut after its status line
@@ -157,7 +157,7 @@ func drain(server *http.Server, cut context.CancelCauseFunc, cfg settings) {
 	ctx, cancel := context.WithTimeout(context.Background(), cutTimeout)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
-		server.Close()
+		server.Close() // also ends a write that its client does not take
 	}
 	slog.Info("stopped", "after", time.Since(start).Round(time.Millisecond))
 }
@@ -195,7 +195,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		cluster: cluster{
 			hosts:       setting(env, "CASSANDRA_HOSTS", "localhost", "host names or addresses separated by commas", parseHosts),
 			port:        setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumberIn(1, 65535)),
-			keyspace:    setting(env, "CASSANDRA_KEYSPACE", "test_keyspace", "1 to 48 letters, digits or underscores", matching(`^\w{1,48}$`)),
+			keyspace:    setting(env, "CASSANDRA_KEYSPACE", "test_keyspace", "1 to 48 letters, digits or underscores, none of Cassandra's own", parseKeyspace),
 			datacenter:  setting(env, "CASSANDRA_DATACENTER", "", "a data centre's name: letters, digits, points, dashes or underscores", matching(`^[\w.-]*$`)),
 			consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", "ONE, TWO, THREE, QUORUM, ALL, LOCAL_ONE, LOCAL_QUORUM or EACH_QUORUM", parseConsistency),
 			replication: setting(env, "CASSANDRA_REPLICATION", "1", "a number of replicas from 1 to 99, or one for each data centre, as in dc1:3,dc2:3", parseReplication),
