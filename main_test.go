@@ -5166,6 +5166,12 @@ func BenchmarkReads(b *testing.B) {
 				var u user
 				return 1, db.Query(selectUser, parsed).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt))
 			}},
+			{"deadline", func() (int, error) { // what the driver takes for a context, which the handler must have
+				ctx, cancel := context.WithTimeout(context.Background(), defaultTimeout)
+				defer cancel()
+				_, err := readUser(ctx, uuid.UUID(parsed))
+				return 1, err
+			}},
 			{"handler", func() (int, error) { return 1, inProcess("GET", "/users/"+id, "", 200) }},
 			{"naive", func() (int, error) { return 1, overHTTP("GET", naive+"/users/"+id, "", 200) }},
 			{"http", func() (int, error) { return 1, overHTTP("GET", real+"/users/"+id, "", 200) }},
