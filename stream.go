@@ -335,9 +335,10 @@ func parseToken(text string, endpoint byte) *scan {
 // pageState returns the scan to go on with, nil if it is rejected, and whether
 // one was given.
 func (p *parameters) pageState(endpoint byte) (s *scan, given bool) {
+	faults := len(p.errs)
 	text, given := p.text("page_state")
-	if !given {
-		return nil, false
+	if !given || len(p.errs) > faults {
+		return nil, given
 	}
 	if s = parseToken(text, endpoint); s == nil {
 		p.reject("page_state", "is damaged or of another endpoint; "+startAgain)
