@@ -237,6 +237,9 @@ func (c cluster) ensureSchema(ctx context.Context) error {
 // checkDatacenter warns of a data centre that no node is in: the driver then
 // takes any node in silence, however far away.
 func (c cluster) checkDatacenter(ctx context.Context, s *gocql.Session) error {
+	if c.datacenter == "" {
+		return nil
+	}
 	var name string
 	found := map[string]bool{}
 	for _, statement := range []string{selectLocalDC, selectOtherDCs} {
@@ -248,7 +251,7 @@ func (c cluster) checkDatacenter(ctx context.Context, s *gocql.Session) error {
 			return fmt.Errorf("looking up the data centres: %w", err)
 		}
 	}
-	if c.datacenter != "" && !found[c.datacenter] {
+	if !found[c.datacenter] {
 		slog.Warn("no node is in CASSANDRA_DATACENTER, taking any", "datacenter", c.datacenter, "there_are", slices.Sorted(maps.Keys(found)))
 	}
 	return nil

@@ -222,6 +222,14 @@ func needsLong(t testing.TB) {
 
 const jsonHeader = "Content-Type: application/json"
 
+// addHeaders adds headers written "Name: value".
+func addHeaders(r *http.Request, headers ...string) {
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		r.Header.Add(name, value)
+	}
+}
+
 // call sends a request to the handler in process. Headers are "Name: value".
 func call(t testing.TB, method, target, body string, headers ...string) *httptest.ResponseRecorder {
 	t.Helper()
@@ -235,10 +243,7 @@ func callOn(t testing.TB, h http.Handler, method, target, body string, headers .
 		reader = strings.NewReader(body)
 	}
 	r := httptest.NewRequestWithContext(t.Context(), method, target, reader)
-	for _, h := range headers {
-		name, value, _ := strings.Cut(h, ": ")
-		r.Header.Add(name, value)
-	}
+	addHeaders(r, headers...)
 	defer func() {
 		if v := recover(); v != nil {
 			t.Fatalf("%s %s: the connection was cut (%v); the log says why", method, target, v)
@@ -1399,10 +1404,7 @@ func (p *process) send(t testing.TB, method, target, body string, headers ...str
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, h := range headers {
-		name, value, _ := strings.Cut(h, ": ")
-		r.Header.Add(name, value)
-	}
+	addHeaders(r, headers...)
 	answer, err := http.DefaultTransport.RoundTrip(r)
 	if err != nil {
 		t.Errorf("%s %s: %v", method, target, err)
@@ -3989,10 +3991,7 @@ func (p *process) ask(method, path, body string, headers ...string) (a answer) {
 	if err != nil {
 		return answer{err: err}
 	}
-	for _, h := range append(headers, jsonHeader) {
-		name, value, _ := strings.Cut(h, ": ")
-		r.Header.Add(name, value)
-	}
+	addHeaders(r, append(headers, jsonHeader)...)
 	got, err := client.Do(r)
 	if err != nil {
 		return answer{err: err}
