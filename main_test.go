@@ -4990,26 +4990,26 @@ type way struct {
 }
 
 const (
-	benchRounds = 9                      // of all ways in turn, after one to warm up
+	benchRounds = 15                     // of all ways, after one to warm up
 	benchTime   = 300 * time.Millisecond // of one way in one round, at least
 )
 
 // compare reports the median rate of each way, and the median of its ratios to
-// the first way's rate in the same round.
+// the first way's rate in the same round. The order changes from round to round,
+// since a way leaves something to do for the next: garbage, a table to flush.
 func compare(b *testing.B, clients int, ways []way) {
 	b.Helper()
 	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
 	for b.Loop() {
 		rates, ratios := make([][]float64, len(ways)), make([][]float64, len(ways))
 		for round := range benchRounds + 1 {
-			first := 0.0
-			for i, w := range ways {
-				rate := rateOf(b, clients, w.do)
-				if i == 0 {
-					first = rate
-				}
+			rate := make([]float64, len(ways))
+			for _, i := range rand.Perm(len(ways)) {
+				rate[i] = rateOf(b, clients, ways[i].do)
+			}
+			for i := range ways {
 				if round > 0 {
-					rates[i], ratios[i] = append(rates[i], rate), append(ratios[i], rate/first)
+					rates[i], ratios[i] = append(rates[i], rate[i]), append(ratios[i], rate[i]/rate[0])
 				}
 			}
 		}
@@ -5052,13 +5052,24 @@ func rateOf(b *testing.B, clients int, do func() (int, error)) float64 {
 // benchClient keeps a connection for each client, and reads answers to the end.
 var benchClient = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 256}}
 
-func overHTTP(method, url, body string, wantStatus int) error {
+// request makes a request that can be sent again and again.
+func request(method, url, body string) *http.Request {
 	r, err := http.NewRequest(method, url, strings.NewReader(body))
 	if err != nil {
-		return err
+		panic(err)
 	}
 	r.Header.Set("Content-Type", "application/json")
-	answer, err := benchClient.Do(r)
+	return r
+}
+
+func copyOf(r *http.Request) *http.Request {
+	c := r.WithContext(context.Background())
+	c.Body, _ = r.GetBody()
+	return c
+}
+
+func overHTTP(r *http.Request, wantStatus int) error {
+	answer, err := benchClient.Do(copyOf(r))
 	if err != nil {
 		return err
 	}
@@ -5073,37 +5084,32 @@ func overHTTP(method, url, body string, wantStatus int) error {
 }
 
 // inProcess calls the real handler without a network.
-func inProcess(method, target, body string, wantStatus int) error {
-	r, err := http.NewRequest(method, target, strings.NewReader(body))
-	if err != nil {
-		return err
-	}
-	if body == "" {
-		r.Body = http.NoBody // as the server has it
-	}
-	r.Header.Set("Content-Type", "application/json")
+func inProcess(r *http.Request, wantStatus int) error {
 	w := &discardWriter{header: http.Header{}}
-	service.ServeHTTP(w, r)
+	service.ServeHTTP(w, copyOf(r))
 	if w.status != wantStatus {
 		return fmt.Errorf("status = %d, want %d", w.status, wantStatus)
 	}
 	return nil
 }
 
-// discardWriter is a http.ResponseWriter that keeps only the status.
+// discardWriter is a http.ResponseWriter that keeps only the status. It takes
+// deadlines as a connection does.
 type discardWriter struct {
 	header http.Header
 	status int
 }
 
-func (w *discardWriter) Header() http.Header         { return w.header }
-func (w *discardWriter) WriteHeader(status int)      { w.status = status }
-func (w *discardWriter) Flush()                      {}
-func (w *discardWriter) Write(p []byte) (int, error) { return len(p), nil }
+func (w *discardWriter) Header() http.Header              { return w.header }
+func (w *discardWriter) WriteHeader(status int)           { w.status = status }
+func (w *discardWriter) Flush()                           {}
+func (w *discardWriter) Write(p []byte) (int, error)      { return len(p), nil }
+func (w *discardWriter) SetReadDeadline(time.Time) error  { return nil }
+func (w *discardWriter) SetWriteDeadline(time.Time) error { return nil }
 
 // The naive handlers are what one would write first: no deadline, no cap, no
 // ids, no metrics, no problem answers.
-func naiveGet(w http.ResponseWriter, r *http.Request) {
+func getNaively(w http.ResponseWriter, r *http.Request) {
 	id, err := gocql.ParseUUID(r.PathValue("id"))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -5118,7 +5124,7 @@ func naiveGet(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(u)
 }
 
-func naivePost(w http.ResponseWriter, r *http.Request) {
+func postNaively(w http.ResponseWriter, r *http.Request) {
 	var u struct {
 		Name, Email string
 		Age         int
@@ -5140,8 +5146,8 @@ func naivePost(w http.ResponseWriter, r *http.Request) {
 // servers starts the naive handlers and the real one over loopback HTTP.
 func servers(b *testing.B) (naive, real string) {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /users/{id}", naiveGet)
-	mux.HandleFunc("POST /users", naivePost)
+	mux.HandleFunc("GET /users/{id}", getNaively)
+	mux.HandleFunc("POST /users", postNaively)
 	n, r := httptest.NewServer(mux), httptest.NewServer(service)
 	b.Cleanup(func() { n.Close(); r.Close() })
 	return n.URL, r.URL
@@ -5158,6 +5164,7 @@ func atClients(b *testing.B, bench func(b *testing.B, clients int)) {
 func BenchmarkReads(b *testing.B) {
 	naive, real := servers(b)
 	id := aUser(b).ID
+	get, naiveGet := request("GET", real+"/users/"+id, ""), request("GET", naive+"/users/"+id, "")
 	parsed := gocql.UUID(uuid.MustParse(id))
 	db := global.session.Load()
 	atClients(b, func(b *testing.B, clients int) {
@@ -5172,15 +5179,16 @@ func BenchmarkReads(b *testing.B) {
 				_, err := readUser(ctx, uuid.UUID(parsed))
 				return 1, err
 			}},
-			{"handler", func() (int, error) { return 1, inProcess("GET", "/users/"+id, "", 200) }},
-			{"naive", func() (int, error) { return 1, overHTTP("GET", naive+"/users/"+id, "", 200) }},
-			{"http", func() (int, error) { return 1, overHTTP("GET", real+"/users/"+id, "", 200) }},
+			{"handler", func() (int, error) { return 1, inProcess(get, 200) }},
+			{"naive", func() (int, error) { return 1, overHTTP(naiveGet, 200) }},
+			{"http", func() (int, error) { return 1, overHTTP(get, 200) }},
 		})
 	})
 }
 
 func BenchmarkCreates(b *testing.B) {
 	naive, real := servers(b)
+	post, naivePost := request("POST", real+"/users", aBody), request("POST", naive+"/users", aBody)
 	db := global.session.Load()
 	atClients(b, func(b *testing.B, clients int) {
 		compare(b, clients, []way{
@@ -5188,9 +5196,14 @@ func BenchmarkCreates(b *testing.B) {
 				at := time.Now()
 				return 1, db.Query(insertUser, gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, at, at).Exec()
 			}},
-			{"handler", func() (int, error) { return 1, inProcess("POST", "/users", aBody, 201) }},
-			{"naive", func() (int, error) { return 1, overHTTP("POST", naive+"/users", aBody, 201) }},
-			{"http", func() (int, error) { return 1, overHTTP("POST", real+"/users", aBody, 201) }},
+			{"deadline", func() (int, error) {
+				ctx, cancel := context.WithTimeout(context.Background(), defaultTimeout)
+				defer cancel()
+				return 1, createUser(ctx, user{ID: uuid.New(), Name: "Ada Lovelace", Email: "ada@example.com", Age: 36, CreatedAt: now(), UpdatedAt: now()})
+			}},
+			{"handler", func() (int, error) { return 1, inProcess(post, 201) }},
+			{"naive", func() (int, error) { return 1, overHTTP(naivePost, 201) }},
+			{"http", func() (int, error) { return 1, overHTTP(post, 201) }},
 		})
 	})
 }
@@ -5199,43 +5212,47 @@ func BenchmarkCreates(b *testing.B) {
 // on the same one would wait for each other.
 func BenchmarkUpdates(b *testing.B) {
 	_, real := servers(b)
-	var ids []string
+	var ids []gocql.UUID
+	var puts []*http.Request
 	for range 1000 {
-		ids = append(ids, aUser(b).ID)
+		id := aUser(b).ID
+		ids = append(ids, gocql.UUID(uuid.MustParse(id)))
+		puts = append(puts, request("PUT", real+"/users/"+id, aBody))
 	}
-	one := func() string { return ids[rand.IntN(len(ids))] }
+	put := func() *http.Request { return puts[rand.IntN(len(puts))] }
 	db := global.session.Load()
 	atClients(b, func(b *testing.B, clients int) {
 		compare(b, clients, []way{
 			{"bare", func() (int, error) {
-				id := gocql.UUID(uuid.MustParse(one()))
+				id := ids[rand.IntN(len(ids))]
 				if _, err := db.Query(updateUser, "Ada", "ada@example.com", 36, time.Now(), id).ScanCAS(); err != nil {
 					return 0, err
 				}
 				var u user
 				return 1, db.Query(selectUser, id).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt))
 			}},
-			{"handler", func() (int, error) { return 1, inProcess("PUT", "/users/"+one(), aBody, 200) }},
-			{"http", func() (int, error) { return 1, overHTTP("PUT", real+"/users/"+one(), aBody, 200) }},
+			{"handler", func() (int, error) { return 1, inProcess(put(), 200) }},
+			{"http", func() (int, error) { return 1, overHTTP(put(), 200) }},
 		})
 	})
 }
 
 func BenchmarkLists(b *testing.B) {
 	_, real := servers(b)
+	list := request("GET", real+"/users?limit=100", "")
 	loadUsers(b, 100_000)
 	atClients(b, func(b *testing.B, clients int) {
 		compare(b, clients, []way{
 			{"bare", func() (int, error) { return bareScan(100, 1) }},
-			{"handler", func() (int, error) { return 100, inProcess("GET", "/users?limit=100", "", 200) }},
-			{"http", func() (int, error) { return 100, overHTTP("GET", real+"/users?limit=100", "", 200) }},
+			{"handler", func() (int, error) { return 100, inProcess(list, 200) }},
+			{"http", func() (int, error) { return 100, overHTTP(list, 200) }},
 		})
 	})
 }
 
 func BenchmarkBatches(b *testing.B) {
 	_, real := servers(b)
-	body := "[" + strings.TrimSuffix(strings.Repeat(aBody+",", maxBatch), ",") + "]"
+	post := request("POST", real+"/users/batch", "["+strings.TrimSuffix(strings.Repeat(aBody+",", maxBatch), ",")+"]")
 	db := global.session.Load()
 	atClients(b, func(b *testing.B, clients int) {
 		compare(b, min(clients, 32), []way{
@@ -5246,8 +5263,8 @@ func BenchmarkBatches(b *testing.B) {
 				}
 				return maxBatch, db.ExecuteBatch(batch)
 			}},
-			{"handler", func() (int, error) { return maxBatch, inProcess("POST", "/users/batch", body, 201) }},
-			{"http", func() (int, error) { return maxBatch, overHTTP("POST", real+"/users/batch", body, 201) }},
+			{"handler", func() (int, error) { return maxBatch, inProcess(post, 201) }},
+			{"http", func() (int, error) { return maxBatch, overHTTP(post, 201) }},
 		})
 	})
 }
@@ -5263,13 +5280,13 @@ func BenchmarkStreams(b *testing.B) {
 		loadUsers(b, size)
 		for _, fetchSize := range []int{100, 1000, 5000} {
 			b.Run(fmt.Sprintf("users=%d/page=%d", size, fetchSize), func(b *testing.B) {
-				target := fmt.Sprintf("/users/stream?fetch_size=%d", fetchSize)
+				stream := request("GET", fmt.Sprintf("%s/users/stream?fetch_size=%d", real, fetchSize), "")
 				compare(b, 1, []way{
 					{"bare", func() (int, error) { return bareScan(fetchSize, math.MaxInt32) }},
-					{"handler", func() (int, error) { return size, inProcess("GET", target, "", 200) }},
-					{"http", func() (int, error) { return size, overHTTP("GET", real+target, "", 200) }},
+					{"handler", func() (int, error) { return size, inProcess(stream, 200) }},
+					{"http", func() (int, error) { return size, overHTTP(stream, 200) }},
 				})
-				reportMemory(b, func() int { inProcess("GET", target, "", 200); return size })
+				reportMemory(b, func() int { inProcess(stream, 200); return size })
 			})
 		}
 	}
