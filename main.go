@@ -32,7 +32,6 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
-	"path"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -383,7 +382,7 @@ func methodNotAllowed(methods map[string]*route) handler {
 // with a redirect in HTML that repeats the request elsewhere: here it is 404.
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	asked := r.URL.EscapedPath()
-	if clean := path.Clean("/" + asked); asked != clean && asked != clean+"/" {
+	if !strings.HasPrefix(asked, "/") || strings.Contains(asked, "//") || strings.Contains(asked, "/.") {
 		rt.notFound.ServeHTTP(w, r)
 		return
 	}

@@ -73,7 +73,7 @@ func (t timestamp) AppendText(b []byte) ([]byte, error) {
 }
 
 // MarshalText is what encoding/json asks for.
-func (t timestamp) MarshalText() ([]byte, error) { return t.AppendText(nil) }
+func (t timestamp) MarshalText() ([]byte, error) { return t.AppendText(make([]byte, 0, 24)) }
 
 // postUser answers POST /users.
 func postUser(w http.ResponseWriter, r *http.Request) error {
