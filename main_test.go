@@ -161,24 +161,19 @@ func useKeyspace(t testing.TB, name string) {
 // have 100 characters: a thousand are a quarter of a megabyte.
 func insertUsers(t testing.TB, db *gocql.Session, n int, age func(i int) int) []uuid.UUID {
 	t.Helper()
-	var next atomic.Int64
-	var failure atomic.Value
 	ids := make([]uuid.UUID, n)
-	var writers sync.WaitGroup
-	for range 64 {
-		writers.Go(func() {
-			for i := int(next.Add(1)) - 1; i < n && failure.Load() == nil; i = int(next.Add(1)) - 1 {
-				u := user{ID: uuid.New(), Name: fmt.Sprintf("%0100d", i), Email: fmt.Sprintf("user%d@example.com", i), Age: age(i), CreatedAt: now(), UpdatedAt: now()}
-				ids[i] = u.ID
-				if err := db.Query(insertUser, u.values()...).Exec(); err != nil {
-					failure.Store(err)
-				}
-			}
-		})
-	}
-	writers.Wait()
-	if err := failure.Load(); err != nil {
-		t.Fatal(err)
+	atOnce(n, func(i int) {
+		u := user{ID: uuid.New(), Name: fmt.Sprintf("%0100d", i), Email: fmt.Sprintf("user%d@example.com", i), Age: age(i), CreatedAt: now(), UpdatedAt: now()}
+		ids[i] = u.ID
+		if t.Failed() {
+			return
+		}
+		if err := db.Query(insertUser, u.values()...).Exec(); err != nil {
+			t.Error(err)
+		}
+	})
+	if t.Failed() {
+		t.FailNow()
 	}
 	return ids
 }
@@ -201,9 +196,9 @@ func useCrowd(t testing.TB) {
 	})
 }
 
-// listen puts the handler in process behind a real listener, as run does.
-func listen(t testing.TB) (url string) {
-	server := httptest.NewUnstartedServer(service)
+// serve puts a handler behind a real listener, as run does, and returns its URL.
+func serve(t testing.TB, h http.Handler) string {
+	server := httptest.NewUnstartedServer(h)
 	server.Config.ConnContext = limitSendBuffer
 	server.Start()
 	t.Cleanup(func() {
@@ -212,6 +207,39 @@ func listen(t testing.TB) (url string) {
 	})
 	return server.URL
 }
+
+// dial opens a connection of which a test sees every byte.
+func dial(t testing.TB, url string) *net.TCPConn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(40 * time.Second))
+	return conn.(*net.TCPConn)
+}
+
+// listen listens on an address of this machine, until the test ends at last.
+func listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return listener
+}
+
+// closedAddress is one of this machine where nobody listens.
+func closedAddress(t testing.TB) string {
+	t.Helper()
+	listener := listen(t, anyPort)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+const anyPort = "127.0.0.1:0"
 
 // needsLong skips a test that takes minutes unless -long is given.
 func needsLong(t testing.TB) {
@@ -313,19 +341,13 @@ type process struct {
 // the test if it still runs then.
 func startService(t testing.TB, settings ...string) *process {
 	t.Helper()
-	return startBinary(t, os.Args[0], settings...)
+	return startProcess(t, exec.Command(os.Args[0]), settings...)
 }
 
-func startBinary(t testing.TB, binary string, settings ...string) *process {
+// startProcess starts a command that is the service and waits until it listens.
+func startProcess(t testing.TB, cmd *exec.Cmd, settings ...string) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(binary), log: &logBuffer{}, exited: make(chan struct{})}
-	p.start(t, settings...)
-	return p
-}
-
-// start starts the command as the service and waits until it listens.
-func (p *process) start(t testing.TB, settings ...string) {
-	t.Helper()
+	p := &process{Cmd: cmd, log: &logBuffer{}, exited: make(chan struct{})}
 	p.Env = append(os.Environ(), "RUN_AS_SERVICE=1", "ADDR=127.0.0.1:0")
 	if !strings.Contains(strings.Join(settings, "\n"), "CASSANDRA_KEYSPACE=") {
 		p.Env = append(p.Env, "CASSANDRA_KEYSPACE="+newKeyspace(t))
@@ -353,6 +375,15 @@ func (p *process) start(t testing.TB, settings ...string) {
 		t.Fatalf("the service did not start: %s", p.log)
 	}
 	p.url = "http://" + addr[1]
+	return p
+}
+
+// startHealthy starts the service and waits until it has found Cassandra.
+func startHealthy(t testing.TB, settings ...string) *process {
+	t.Helper()
+	p := startService(t, settings...)
+	p.awaitHealthy(t, 30*time.Second)
+	return p
 }
 
 // sharedKeyspace is the setting for a service that may see other tests' users.
@@ -428,7 +459,6 @@ func cassandraAddress() string {
 // proxy stands between a service and Cassandra and can fail as networks do.
 type proxy struct {
 	listener net.Listener
-	target   string
 	mu       sync.Mutex
 	silent   bool
 	credit   int               // bytes that still pass
@@ -437,27 +467,18 @@ type proxy struct {
 	conns    map[net.Conn]bool // true: frozen
 }
 
-// startProxy returns a proxy to target, a host:port.
-func startProxy(t testing.TB, target string) *proxy {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startProxyOn(t, listener, target)
-}
-
-func startProxyOn(t testing.TB, listener net.Listener, target string) *proxy {
-	p := &proxy{listener: listener, target: target, credit: math.MaxInt, conns: map[net.Conn]bool{}}
+// startProxy returns a proxy to the tests' Cassandra.
+func startProxy(t testing.TB, listener net.Listener) *proxy {
+	p := &proxy{listener: listener, credit: math.MaxInt, conns: map[net.Conn]bool{}}
 	p.changed = sync.NewCond(&p.mu)
-	t.Cleanup(func() { listener.Close(); p.cut() })
+	t.Cleanup(p.cut)
 	go func() {
 		for {
 			client, err := listener.Accept()
 			if err != nil {
 				return
 			}
-			server, err := net.Dial("tcp", target)
+			server, err := net.Dial("tcp", cassandraAddress())
 			if err != nil {
 				client.Close()
 				continue
@@ -543,10 +564,20 @@ func (p *proxy) freeze() {
 	}
 }
 
-// settings make a service use the proxy, for all its connections: the driver
-// learns Cassandra's address from it, but keeps to the port it was given.
-func (p *proxy) settings() []string {
-	host, port, _ := net.SplitHostPort(p.listener.Addr().String())
+// startBehindProxy starts the service with a proxy before Cassandra, to fail it.
+func startBehindProxy(t testing.TB, settings ...string) (*process, *proxy) {
+	t.Helper()
+	proxy := startProxy(t, listen(t, anyPort))
+	return startHealthy(t, append(settings, proxy.settings()...)...), proxy
+}
+
+// settings make a service use the proxy for all its connections.
+func (p *proxy) settings() []string { return cassandraAt(p.listener.Addr().String()) }
+
+// cassandraAt makes a service ask for Cassandra at host:port. The driver may
+// learn of other addresses there, but keeps to the port.
+func cassandraAt(addr string) []string {
+	host, port, _ := net.SplitHostPort(addr)
 	return []string{"CASSANDRA_HOSTS=" + host, "CASSANDRA_PORT=" + port}
 }
 
@@ -588,12 +619,6 @@ func startNode(t testing.TB, flags ...string) *node {
 	}
 	n.addr = strings.TrimSpace(stdout.String())
 	return n
-}
-
-// settings make a service use the node.
-func (n *node) settings() []string {
-	host, port, _ := net.SplitHostPort(n.addr)
-	return []string{"CASSANDRA_HOSTS=" + host, "CASSANDRA_PORT=" + port}
 }
 
 // Tests of main.go.
@@ -696,11 +721,7 @@ func TestBadSettingsEndTheStart(t *testing.T) {
 }
 
 func TestTakenAddressEndsTheStart(t *testing.T) {
-	taken, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
+	taken := listen(t, anyPort)
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "RUN_AS_SERVICE=1", "ADDR="+taken.Addr().String())
 	out, _ := cmd.CombinedOutput()
@@ -1067,25 +1088,6 @@ func TestCrossOriginWritesAreRefused(t *testing.T) {
 			}
 		})
 	}
-}
-
-// serve puts a handler on the wire and returns its URL.
-func serve(t testing.TB, h http.Handler) string {
-	server := httptest.NewServer(h)
-	t.Cleanup(server.Close)
-	return server.URL
-}
-
-// dial opens a connection of which a test sees every byte.
-func dial(t testing.TB, url string) *net.TCPConn {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(40 * time.Second))
-	return conn.(*net.TCPConn)
 }
 
 // overTheWire sends a raw request and returns all that comes back until the
@@ -1486,8 +1488,7 @@ func TestDrain(t *testing.T) {
 	for name, stop := range ways {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := startService(t, sharedKeyspace())
-			p.awaitHealthy(t, 15*time.Second)
+			p := startHealthy(t, sharedKeyspace())
 			inFlight := p.holdOne(t)
 			stop(t, p)
 			p.wantDraining(t)
@@ -1526,8 +1527,7 @@ func TestDrainDelay(t *testing.T) {
 
 func TestShutdownTimeoutCutsStreamsVisibly(t *testing.T) {
 	t.Parallel()
-	p := startService(t, "SHUTDOWN_TIMEOUT=1s")
-	p.awaitHealthy(t, 15*time.Second)
+	p := startHealthy(t, "SHUTDOWN_TIMEOUT=1s")
 	one := fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":36}`, strings.Repeat("𝄞", maxName))
 	batch := "[" + strings.Repeat(one+",", 79) + one + "]"
 	for range 20 {
@@ -1535,12 +1535,7 @@ func TestShutdownTimeoutCutsStreamsVisibly(t *testing.T) {
 			t.Fatalf("status = %d, want 201; body: %s", a.status, a.body)
 		}
 	}
-	conn := dial(t, p.url)
-	conn.SetReadBuffer(4 << 10)
-	io.WriteString(conn, "GET /users/stream HTTP/1.1\r\nHost: a\r\n\r\n")
-	if _, err := io.ReadFull(conn, make([]byte, 1000)); err != nil {
-		t.Fatal(err)
-	}
+	conn := openReader(t, p.url, "/users/stream", 1000)
 	start := time.Now()
 	p.Process.Signal(syscall.SIGTERM)
 	p.wantExit(t, 0, 6*time.Second) // a write that its client does not take would last for 30
@@ -1554,18 +1549,6 @@ func TestShutdownTimeoutCutsStreamsVisibly(t *testing.T) {
 }
 
 // Tests of health.go.
-
-// closedPort is a port of this machine where nobody listens.
-func closedPort(t testing.TB) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	return port
-}
 
 var measured = regexp.MustCompile(`"latency_ms":[0-9.e-]+,"timestamp":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"`)
 
@@ -1589,9 +1572,9 @@ func TestHealth(t *testing.T) {
 
 func TestServiceStartsWithoutCassandra(t *testing.T) {
 	t.Parallel()
-	port, keyspace := closedPort(t), newKeyspace(t)
+	addr, keyspace := closedAddress(t), newKeyspace(t)
 	start := time.Now()
-	p := startService(t, "CASSANDRA_HOSTS=127.0.0.1", "CASSANDRA_PORT="+port, "CASSANDRA_KEYSPACE="+keyspace)
+	p := startService(t, append(cassandraAt(addr), "CASSANDRA_KEYSPACE="+keyspace)...)
 	if took := time.Since(start); took > 3*time.Second {
 		t.Errorf("listening after %s, want within a second", took)
 	}
@@ -1606,11 +1589,7 @@ func TestServiceStartsWithoutCassandra(t *testing.T) {
 		}
 	}
 	wantHealth(t, p.ask("GET /health", ""), 503, "unhealthy", "disconnected", false, keyspace)
-	listener, err := net.Listen("tcp", "127.0.0.1:"+port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	startProxyOn(t, listener, cassandraAddress())
+	startProxy(t, listen(t, addr))
 	p.awaitHealthy(t, 15*time.Second)
 	if a := p.ask("GET /users", ""); a.status != 200 || a.body != "[]\n" {
 		t.Errorf("GET /users: status = %d, want 200; body: %s", a.status, a.body)
@@ -1620,7 +1599,7 @@ func TestServiceStartsWithoutCassandra(t *testing.T) {
 func TestTestsWithoutCassandraSaySo(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(os.Args[0], "-test.run=^$")
-	cmd.Env = append(os.Environ(), "CASSANDRA_HOSTS=127.0.0.1", "CASSANDRA_PORT="+closedPort(t))
+	cmd.Env = append(os.Environ(), cassandraAt(closedAddress(t))...)
 	start := time.Now()
 	out, err := cmd.CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "go run ./cassandra go test") || time.Since(start) > 15*time.Second {
@@ -1649,8 +1628,7 @@ func TestInstancesThatStartTogether(t *testing.T) {
 func TestRestartKeepsUsers(t *testing.T) {
 	t.Parallel()
 	keyspace := newKeyspace(t)
-	p := startService(t, "CASSANDRA_KEYSPACE="+keyspace)
-	p.awaitHealthy(t, 15*time.Second)
+	p := startHealthy(t, "CASSANDRA_KEYSPACE="+keyspace)
 	kept := map[string]string{}
 	for i := range 20 {
 		a := p.ask("POST /users", fmt.Sprintf(`{"name":"Ada %d","email":"ada@example.com","age":36}`, i))
@@ -1658,8 +1636,7 @@ func TestRestartKeepsUsers(t *testing.T) {
 	}
 	p.Process.Signal(syscall.SIGTERM)
 	p.wantExit(t, 0, 10*time.Second)
-	p = startService(t, "CASSANDRA_KEYSPACE="+keyspace)
-	p.awaitHealthy(t, 15*time.Second)
+	p = startHealthy(t, "CASSANDRA_KEYSPACE="+keyspace)
 	for location, want := range kept {
 		if a := p.ask("GET "+location, ""); a.body != want {
 			t.Errorf("GET %s: %s, want %s", location, a.body, want)
@@ -2183,8 +2160,7 @@ func TestRacingChangesLeaveNoHalfRows(t *testing.T) {
 
 func TestListGivesEveryUserOnce(t *testing.T) {
 	t.Parallel()
-	p := startService(t)
-	p.awaitHealthy(t, 15*time.Second)
+	p := startHealthy(t)
 	if a := p.ask("GET /users", ""); a.body != "[]\n" || a.header.Get("Link") != "" {
 		t.Errorf("empty table: %s, Link %q", a.body, a.header.Get("Link"))
 	}
@@ -2479,22 +2455,13 @@ func TestLimitIsExact(t *testing.T) {
 	}
 }
 
-// startBehindProxy runs the service over the crowd, with a proxy to fail it.
-func startBehindProxy(t *testing.T) (*process, *proxy) {
-	t.Helper()
-	useCrowd(t)
-	p := startProxy(t, cassandraAddress())
-	s := startService(t, append(p.settings(), "CASSANDRA_KEYSPACE="+crowd.keyspace)...)
-	s.awaitHealthy(t, 15*time.Second)
-	return s, p
-}
-
 const crowdPage = 250_000 // bytes, less than 1000 users of the crowd take in JSON, more than from Cassandra
 
 func TestFirstUsersComeAfterOnePage(t *testing.T) {
-	s, p := startBehindProxy(t)
-	p.holdAfter(crowdPage)
-	answer, err := http.Get(s.url + "/users/stream?fetch_size=1000&limit=11000")
+	useCrowd(t)
+	p, proxy := startBehindProxy(t, "CASSANDRA_KEYSPACE="+crowd.keyspace)
+	proxy.holdAfter(crowdPage)
+	answer, err := http.Get(p.url + "/users/stream?fetch_size=1000&limit=11000")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2506,7 +2473,7 @@ func TestFirstUsersComeAfterOnePage(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.holdAfter(math.MaxInt)
+	proxy.holdAfter(math.MaxInt)
 	rest := 0
 	for ; users.More(); rest++ {
 		if err := users.Decode(new(userJSON)); err != nil {
@@ -2561,37 +2528,39 @@ func checkCut(t *testing.T, curl *exec.Cmd, file string, isNDJSON bool) {
 }
 
 func TestCutStreamIsSeenAsCut(t *testing.T) {
-	s, p := startBehindProxy(t)
+	useCrowd(t)
+	p, proxy := startBehindProxy(t, "CASSANDRA_KEYSPACE="+crowd.keyspace)
 	for _, accept := range []string{"application/json", ndjson} {
-		p.holdAfter(2 * crowdPage)
-		curl, file := streamByCurl(t, s.url+"/users/stream?fetch_size=1000", "--header", "Accept: "+accept)
-		waitUntil(p.isHolding, 5*time.Second) // between two pages a cut harms nobody
-		p.cut()
+		proxy.holdAfter(2 * crowdPage)
+		curl, file := streamByCurl(t, p.url+"/users/stream?fetch_size=1000", "--header", "Accept: "+accept)
+		waitUntil(proxy.isHolding, 5*time.Second) // between two pages a cut harms nobody
+		proxy.cut()
 		checkCut(t, curl, file, accept == ndjson)
-		s.awaitHealthy(t, 15*time.Second)
-		if users := decode[[]userJSON](t, s.ask("GET /users/stream", ""), 200); len(users) != len(crowd.ages) {
+		p.awaitHealthy(t, 15*time.Second)
+		if users := decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200); len(users) != len(crowd.ages) {
 			t.Errorf("%d users after the cut, want %d", len(users), len(crowd.ages))
 		}
 	}
-	if n := s.metrics(t).RequestsByRoute["GET /users/stream"]["aborted"]; n != 2 {
+	if n := p.metrics(t).RequestsByRoute["GET /users/stream"]["aborted"]; n != 2 {
 		t.Errorf("aborted streams = %d, want 2", n)
 	}
 }
 
 func TestStreamThatFailsBeforeItsFirstPage(t *testing.T) {
-	s, p := startBehindProxy(t)
+	useCrowd(t)
+	p, proxy := startBehindProxy(t, "CASSANDRA_KEYSPACE="+crowd.keyspace)
 	tests := []struct {
 		fail   func()
 		status int
 		detail string
 	}{
-		{func() { p.swallow(true) }, 504, tooLate},
-		{func() { p.listener.Close(); p.cut() }, 503, notAvailable},
+		{func() { proxy.swallow(true) }, 504, tooLate},
+		{func() { proxy.listener.Close(); proxy.cut() }, 503, notAvailable},
 	}
 	for _, tt := range tests {
 		tt.fail()
 		for _, target := range []string{"/users/stream", "/users/stream?age_filter=50", "/users/stream/pages"} {
-			wantProblem(t, s.ask("GET "+target, "", "X-Request-Timeout: 0.5", "Accept: "+ndjson), tt.status, tt.detail, "")
+			wantProblem(t, p.ask("GET "+target, "", "X-Request-Timeout: 0.5", "Accept: "+ndjson), tt.status, tt.detail, "")
 		}
 	}
 }
@@ -2600,12 +2569,8 @@ func TestStreamThatFailsBeforeItsFirstPage(t *testing.T) {
 // what it leaves the service has to keep.
 func openReader(t testing.TB, url, target string, n int64) net.Conn {
 	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.(*net.TCPConn).SetReadBuffer(4096)
+	conn := dial(t, url)
+	conn.SetReadBuffer(4 << 10)
 	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", target)
 	if _, err := io.CopyN(io.Discard, conn, n); err != nil {
 		t.Fatal(err)
@@ -2615,7 +2580,7 @@ func openReader(t testing.TB, url, target string, n int64) net.Conn {
 
 func TestStreamsLeaveNothingBehind(t *testing.T) {
 	useCrowd(t)
-	url := listen(t)
+	url := serve(t, service)
 	goroutines := runtime.NumGoroutine() + 5 // the driver's own come and go
 	checkGone := func(t *testing.T) {
 		gone := func() bool {
@@ -2726,8 +2691,7 @@ func TestPageTokenKeepsItsQuery(t *testing.T) {
 		})
 	}
 	t.Run("at another instance", func(t *testing.T) {
-		other := startService(t, "CASSANDRA_KEYSPACE="+crowd.keyspace)
-		other.awaitHealthy(t, 15*time.Second)
+		other := startHealthy(t, "CASSANDRA_KEYSPACE="+crowd.keyspace)
 		p := decode[pageJSON](t, other.ask("GET /users/stream/pages?page_state="+token, ""), 200)
 		if p.HasMore || !slices.Equal(p.Users, want[10:]) {
 			t.Errorf("has_more %t, users %+v, want %+v", p.HasMore, p.Users, want[10:])
@@ -2881,15 +2845,15 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			s := startBinary(t, binary, "CASSANDRA_KEYSPACE="+keyspace)
-			s.awaitHealthy(t, 15*time.Second)
+			p := startProcess(t, exec.Command(binary), "CASSANDRA_KEYSPACE="+keyspace)
+			p.awaitHealthy(t, 15*time.Second)
 			start := time.Now()
 			var readers sync.WaitGroup
 			for range tt.streams {
-				readers.Go(func() { readStream(t, s, tt.users, tt.rate) })
+				readers.Go(func() { readStream(t, p, tt.users, tt.rate) })
 			}
 			readers.Wait()
-			peak := float64(s.peakMemory(t)) / (1 << 20)
+			peak := float64(p.peakMemory(t)) / (1 << 20)
 			t.Logf("at most %.1f MB resident, in %.1f s", peak, time.Since(start).Seconds())
 			if peak > float64(tt.limit) {
 				t.Errorf("%.1f MB resident, want at most %d", peak, tt.limit)
@@ -2900,8 +2864,8 @@ func TestMemoryIsBounded(t *testing.T) {
 
 // readStream reads so many users to the end, or for a minute where a rate of
 // bytes a second would take longer.
-func readStream(t *testing.T, s *process, users, rate int) {
-	answer, err := http.Get(fmt.Sprintf("%s/users/stream?fetch_size=1000&limit=%d", s.url, users))
+func readStream(t *testing.T, p *process, users, rate int) {
+	answer, err := http.Get(fmt.Sprintf("%s/users/stream?fetch_size=1000&limit=%d", p.url, users))
 	if err != nil {
 		t.Error(err)
 		return
@@ -2919,7 +2883,7 @@ func readStream(t *testing.T, s *process, users, rate int) {
 func TestSlowReaders(t *testing.T) {
 	needsLong(t)
 	useCrowd(t)
-	url := listen(t)
+	url := serve(t, service)
 	var readers sync.WaitGroup
 	for _, target := range []string{"/users/stream?fetch_size=5000&limit=5000", "/users/stream/pages?fetch_size=5000"} {
 		readers.Go(func() { // at 20 kB/s this takes more than a minute
@@ -2965,7 +2929,7 @@ func TestFilterOverFiveMillionUsers(t *testing.T) {
 		}
 		return 20 + i%10
 	})
-	url := listen(t)
+	url := serve(t, service)
 	for age, want := range map[int]int{120: 10, 121: 0} {
 		checkFilteredStream(t, url, age, want)
 		checkFilteredPages(t, age, want)
@@ -3007,22 +2971,6 @@ func checkFilteredPages(t *testing.T, age, want int) {
 	t.Logf("age_filter=%d: %d pages, the slowest took %s", age, pages, slowest)
 }
 
-// kill ends the node's process with SIGKILL.
-func (n *node) kill(t testing.TB) {
-	t.Helper()
-	text, err := os.ReadFile(n.pidFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // open returns a session to the node.
 func (n *node) open(t testing.TB, keyspace string) *gocql.Session {
 	t.Helper()
@@ -3039,14 +2987,14 @@ func TestStreamWhoseNodeIsKilled(t *testing.T) {
 	n := startNode(t, "-restart", "1s")
 	const keyspace, users = "killed", 60_000
 	insertUsers(t, n.open(t, keyspace), users, func(i int) int { return i % 100 })
-	s := startService(t, append(n.settings(), "CASSANDRA_KEYSPACE="+keyspace)...)
+	p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_KEYSPACE="+keyspace)...)
 	for _, accept := range []string{"application/json", ndjson} {
-		s.awaitHealthy(t, 3*time.Minute)
-		curl, file := streamByCurl(t, s.url+"/users/stream", "--header", "Accept: "+accept, "--limit-rate", "500k")
-		n.kill(t)
+		p.awaitHealthy(t, 3*time.Minute)
+		curl, file := streamByCurl(t, p.url+"/users/stream", "--header", "Accept: "+accept, "--limit-rate", "500k")
+		n.signal(t, 0, syscall.SIGKILL)
 		checkCut(t, curl, file, accept == ndjson)
-		s.awaitHealthy(t, 3*time.Minute)
-		if got := len(decode[[]userJSON](t, s.ask("GET /users/stream", ""), 200)); got != users {
+		p.awaitHealthy(t, 3*time.Minute)
+		if got := len(decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200)); got != users {
 			t.Errorf("%d users after the restart, want %d", got, users)
 		}
 	}
@@ -3059,18 +3007,18 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 	n := startNode(t, "-restart", "1s")
 	const keyspace = "batches"
 	db := n.open(t, keyspace)
-	s := startService(t, append(n.settings(), "CASSANDRA_KEYSPACE="+keyspace)...)
+	p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_KEYSPACE="+keyspace)...)
 	var mu sync.Mutex
 	answers := map[string]int{} // status by the name of all users of the batch
 	for try := range 20 {
-		s.awaitHealthy(t, 3*time.Minute)
+		p.awaitHealthy(t, 3*time.Minute)
 		created := make(chan bool, 1000)
 		var senders sync.WaitGroup
 		for sender := range 4 {
 			senders.Go(func() {
 				for i, status := 0, 201; status == 201; i++ {
 					name := fmt.Sprintf("%d-%d-%d", try, sender, i)
-					status = s.ask("POST /users/batch", batchOf(maxBatch, func(int) (string, string) { return name, "a@example.com" })).status
+					status = p.ask("POST /users/batch", batchOf(maxBatch, func(int) (string, string) { return name, "a@example.com" })).status
 					mu.Lock()
 					answers[name] = status
 					mu.Unlock()
@@ -3080,10 +3028,10 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 		}
 		<-created
 		time.Sleep(time.Duration(rand.IntN(100)) * time.Millisecond) // any moment will do
-		n.kill(t)
+		n.signal(t, 0, syscall.SIGKILL)
 		senders.Wait()
 	}
-	s.awaitHealthy(t, 3*time.Minute)
+	p.awaitHealthy(t, 3*time.Minute)
 	replayed := func() bool {
 		var left int
 		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
@@ -3091,7 +3039,7 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 	if !waitUntil(replayed, 3*time.Minute) {
 		t.Fatal("the batchlog is not empty after three minutes")
 	}
-	checkBatches(t, answers, decode[[]userJSON](t, s.ask("GET /users/stream", ""), 200))
+	checkBatches(t, answers, decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200))
 }
 
 // checkBatches fails unless the users are whole batches, as the answers said.
@@ -3381,9 +3329,7 @@ func steps(location string) []step {
 }
 
 func TestMetricsAreWhatHappened(t *testing.T) {
-	proxy := startProxy(t, cassandraAddress())
-	p := startService(t, proxy.settings()...)
-	p.awaitHealthy(t, 15*time.Second)
+	p, proxy := startBehindProxy(t)
 	before := p.metrics(t)
 	want := map[string]map[string]int64{}
 	queries, errs := before.TotalQueries, before.ErrorsCount
@@ -3405,7 +3351,10 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	for _, s := range steps(location) {
 		take(s)
 	}
-	leave(t, p.url+"/slow_query")
+	conn := dial(t, p.url)
+	io.WriteString(conn, "GET /slow_query HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	waitUntil(func() bool { return p.metrics(t).RequestsInFlight == 2 }, 5*time.Second)
+	conn.Close()
 	expect(step{status: 499, pattern: "GET /slow_query"})
 	proxy.swallow(true)
 	take(step{"GET " + location, "", []string{"X-Request-Timeout: 0.2"}, 504, "GET /users/{id}", 1, 1})
@@ -3440,26 +3389,8 @@ func (p *process) checkMetrics(t *testing.T, byRoute map[string]map[string]int64
 	}
 }
 
-// leave asks for a page and goes away before the answer.
-func leave(t testing.TB, url string) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	r, err := http.NewRequestWithContext(ctx, "GET", url, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if answer, err := http.DefaultTransport.RoundTrip(r); err == nil {
-		answer.Body.Close()
-		t.Errorf("GET %s: status = %d before the client left", url, answer.StatusCode)
-	}
-}
-
 func TestConnectionsAreCounted(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	listener := listen(t, anyPort)
 	var dialer countingDialer
 	conn, err := dialer.DialContext(t.Context(), "tcp", listener.Addr().String())
 	if err != nil {
@@ -3613,9 +3544,7 @@ func TestPerformanceFiguresAddUp(t *testing.T) {
 }
 
 func TestPerformanceWhenCassandraGoesAway(t *testing.T) {
-	proxy := startProxy(t, cassandraAddress())
-	p := startService(t, proxy.settings()...)
-	p.awaitHealthy(t, 15*time.Second)
+	p, proxy := startBehindProxy(t)
 	start := p.metrics(t).TotalQueries
 	answer := make(chan answer, 1)
 	go func() { answer <- p.ask("GET /performance/sync?requests=1000", "") }()
@@ -3629,8 +3558,7 @@ func TestPerformanceWhenCassandraGoesAway(t *testing.T) {
 }
 
 func TestPerformanceRunEndsWithItsCaller(t *testing.T) {
-	p := startService(t)
-	p.awaitHealthy(t, 15*time.Second)
+	p := startHealthy(t)
 	before := p.metrics(t)
 	p.ask("GET /performance/sync?requests=1000", "", "X-Request-Timeout: 0.05")
 	queries := p.metrics(t).TotalQueries - before.TotalQueries
@@ -3651,8 +3579,7 @@ func TestReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllSubmatch(text, -1)
-	p := &process{Cmd: exec.Command("sh", "-c", "exec "+strings.TrimPrefix(string(blocks[0][1]), "$ ")), log: &logBuffer{}, exited: make(chan struct{})}
-	p.start(t)
+	p := startProcess(t, exec.Command("sh", "-c", "exec "+strings.TrimPrefix(string(blocks[0][1]), "$ ")))
 	p.awaitHealthy(t, 15*time.Second)
 	shell := startShell(t)
 	var want, got strings.Builder
@@ -3675,9 +3602,7 @@ func TestReadme(t *testing.T) {
 	if len(printed) != len(promised) {
 		t.Errorf("the tour printed %d lines, the README has %d", len(printed), len(promised))
 	}
-	if !waitUntil(p.hasExited, 30*time.Second) || p.ProcessState.ExitCode() != 0 {
-		t.Errorf("the service did not end well after the tour: %v", p.ProcessState)
-	}
+	p.wantExit(t, 0, 30*time.Second)
 }
 
 // mask hides what differs from run to run: ids, times, durations, tokens.
@@ -3922,16 +3847,6 @@ func (p *process) metrics(t testing.TB) metrics {
 	return decode[metrics](t, p.ask("GET /metrics", ""), 200)
 }
 
-// awaitUnhealthy waits until /health is 503.
-func (p *process) awaitUnhealthy(t testing.TB, within time.Duration) {
-	t.Helper()
-	start := time.Now()
-	if !waitUntil(func() bool { return p.ask("GET /health", "").status == 503 }, within) {
-		t.Errorf("still healthy after %s", within)
-	}
-	t.Logf("unhealthy after %s", time.Since(start).Round(time.Millisecond))
-}
-
 // awaitQuiet waits until nothing is left of the requests before: as much is
 // open and running as in m.
 func (p *process) awaitQuiet(t testing.TB, m metrics) {
@@ -3970,8 +3885,7 @@ func askEverything(p *process, check func(request string, a answer), headers ...
 }
 
 func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
-	p := startService(t)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t)
 	median := func() time.Duration {
 		times := make([]time.Duration, 100)
 		for i := range times {
@@ -4006,9 +3920,7 @@ func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
 }
 
 func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
-	proxy := startProxy(t, cassandraAddress())
-	p := startService(t, proxy.settings()...)
-	p.awaitHealthy(t, 30*time.Second)
+	p, proxy := startBehindProxy(t)
 	proxy.swallow(true)
 	var health sync.WaitGroup
 	health.Go(func() {
@@ -4039,9 +3951,7 @@ func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
 
 func TestSilentCassandraLeavesNothingBehind(t *testing.T) {
 	needsLong(t)
-	proxy := startProxy(t, cassandraAddress())
-	p := startService(t, proxy.settings()...)
-	p.awaitHealthy(t, 30*time.Second)
+	p, proxy := startBehindProxy(t)
 	before := p.metrics(t)
 	proxy.swallow(true)
 	askEverything(p, func(request string, a answer) {
@@ -4055,13 +3965,7 @@ func TestSilentCassandraLeavesNothingBehind(t *testing.T) {
 }
 
 func TestOutageIsLoggedOnce(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	listener.Close()
-	p := startService(t, "CASSANDRA_HOSTS=127.0.0.1", "CASSANDRA_PORT="+port)
+	p := startService(t, cassandraAt(closedAddress(t))...)
 	if !waitUntil(func() bool { return p.metrics(t).CassandraConnections.Failed > 4 }, logInterval*4/5) {
 		t.Error("the service does not try on")
 	}
@@ -4090,14 +3994,8 @@ func TestOverloadIsNoOutage(t *testing.T) {
 }
 
 func TestFrozenConnectionsAreReplaced(t *testing.T) {
-	proxy := startProxy(t, cassandraAddress())
-	p := startService(t, proxy.settings()...)
-	p.awaitHealthy(t, 30*time.Second)
-	proxy.freeze()
-	p.awaitUnhealthy(t, 9*time.Second)
-	start := time.Now()
-	p.awaitHealthy(t, 15*time.Second) // the driver alone takes 96 s
-	t.Logf("healthy again after %s", time.Since(start).Round(time.Millisecond))
+	p, proxy := startBehindProxy(t)
+	outage(t, p, proxy.freeze, func() {}) // which the driver alone ends after 96 s
 	if a := p.ask("GET /context_manager_safety/status", ""); !strings.Contains(a.body, `"session_id":"2"`) {
 		t.Errorf("the session was not replaced once: %s", a.body)
 	}
@@ -4272,9 +4170,7 @@ func (l *load) check(t testing.TB) {
 }
 
 func TestCutConnectionsLoseNothing(t *testing.T) {
-	proxy := startProxy(t, cassandraAddress())
-	p := startService(t, proxy.settings()...)
-	p.awaitHealthy(t, 30*time.Second)
+	p, proxy := startBehindProxy(t)
 	l := startLoad(p, 8)
 	l.clients.Go(func() { // a cut is no verdict about the session
 		for i := 0; l.ctx.Err() == nil; i++ {
@@ -4320,12 +4216,8 @@ func selfSigned(t testing.TB) (tls.Certificate, string) {
 func TestTLSIsVerified(t *testing.T) {
 	certificate, ca := selfSigned(t)
 	_, otherCA := selfSigned(t)
-	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{certificate}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := startProxyOn(t, listener, cassandraAddress())
-	startService(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+ca)...).awaitHealthy(t, 30*time.Second)
+	proxy := startProxy(t, tls.NewListener(listen(t, anyPort), &tls.Config{Certificates: []tls.Certificate{certificate}}))
+	startHealthy(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+ca)...)
 	startService(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+otherCA)...).awaitRefusal(t, "certificate signed by unknown authority")
 }
 
@@ -4350,14 +4242,14 @@ func (p *process) awaitRefusal(t testing.TB, why string) {
 func TestCredentialsAreChecked(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-auth")
-	startService(t, append(n.settings(), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")...).awaitHealthy(t, 15*time.Second)
+	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")...)
 	for _, tt := range []struct{ name, user, password, why string }{
 		{"a wrong password", "cassandra", "s3cret-typo", "Provided username cassandra and/or password are incorrect"},
 		{"a wrong user", "nobody", "s3cret-typo", "Provided username nobody and/or password are incorrect"},
 		{"none", "", "", "authentication required"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := startService(t, append(n.settings(), "CASSANDRA_USERNAME="+tt.user, "CASSANDRA_PASSWORD="+tt.password)...)
+			p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME="+tt.user, "CASSANDRA_PASSWORD="+tt.password)...)
 			p.awaitRefusal(t, tt.why)
 			if strings.Contains(p.log.String(), "s3cret-typo") {
 				t.Error("the log has the password")
@@ -4409,8 +4301,7 @@ func TestSettingsOfACluster(t *testing.T) {
 
 func TestOverload(t *testing.T) {
 	needsLong(t)
-	p := startService(t)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t)
 	before := p.metrics(t)
 	ctx, stop := context.WithCancel(t.Context())
 	var statuses [600]atomic.Int64
@@ -4450,8 +4341,7 @@ func TestOverload(t *testing.T) {
 
 func TestSlowSendersAreCutOff(t *testing.T) {
 	needsLong(t)
-	p := startService(t)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t)
 	const head = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 	tests := []struct {
 		name, at string // what is sent at once, before a byte a second
@@ -4465,7 +4355,8 @@ func TestSlowSendersAreCutOff(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var senders sync.WaitGroup
 			for range 1100 {
-				senders.Go(func() { sendSlowly(t, p, tt.at, 3*tt.within) })
+				conn := dial(t, p.url)
+				senders.Go(func() { sendSlowly(t, conn, tt.at, 3*tt.within) })
 			}
 			ended := make(chan struct{})
 			go func() { senders.Wait(); close(ended) }()
@@ -4484,13 +4375,7 @@ func TestSlowSendersAreCutOff(t *testing.T) {
 }
 
 // sendSlowly sends a byte a second until the service cuts the connection.
-func sendSlowly(t testing.TB, p *process, at string, within time.Duration) {
-	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer conn.Close()
+func sendSlowly(t testing.TB, conn net.Conn, at string, within time.Duration) {
 	start := time.Now()
 	io.WriteString(conn, at)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -4500,7 +4385,7 @@ func sendSlowly(t testing.TB, p *process, at string, within time.Duration) {
 			io.WriteString(conn, " ")
 		}
 	}()
-	conn.SetReadDeadline(start.Add(within + 10*time.Second))
+	conn.SetDeadline(start.Add(within + 10*time.Second))
 	got, err := io.ReadAll(conn)
 	if took := time.Since(start); errors.Is(err, os.ErrDeadlineExceeded) || took > within {
 		t.Errorf("cut off after %s with %q, want within %s", took, got, within)
@@ -4508,16 +4393,11 @@ func sendSlowly(t testing.TB, p *process, at string, within time.Duration) {
 }
 
 func TestLargeBodiesDoNotFillTheMemory(t *testing.T) {
-	p := startService(t)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t)
 	before := p.metrics(t).MemoryBytes
 	head := fmt.Sprintf("POST /users/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", maxBody)
 	for range 4 * maxLarge { // all but a byte of each
-		conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
+		conn := dial(t, p.url)
 		io.WriteString(conn, head+strings.Repeat(" ", smallBody))
 		go io.WriteString(conn, strings.Repeat(" ", maxBody-smallBody-1)) // fails where it is refused
 	}
@@ -4534,8 +4414,7 @@ func TestLargeBodiesDoNotFillTheMemory(t *testing.T) {
 }
 
 func TestDrainUnderLoad(t *testing.T) {
-	p := startService(t)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t)
 	var inFlight, late sync.WaitGroup
 	for range 100 {
 		inFlight.Go(func() {
@@ -4568,10 +4447,7 @@ func TestDrainUnderLoad(t *testing.T) {
 		t.Errorf("/health: status = %d, body %s, want 503 draining", a.status, a.body)
 	}
 	inFlight.Wait()
-	<-p.exited
-	if code := p.ProcessState.ExitCode(); code != 0 {
-		t.Errorf("exit status = %d, want 0", code)
-	}
+	p.wantExit(t, 0, 15*time.Second)
 }
 
 // signal sends a signal to a node, the first being 0.
@@ -4609,14 +4485,18 @@ func (n *node) awaitAnswer(t testing.TB, host string) {
 	}
 }
 
-// outage has the node's only Cassandra fail, and checks how quickly that is
+// outage has a service's only Cassandra fail, and checks how quickly that is
 // noticed, and how quickly its end is.
 func outage(t *testing.T, p *process, fail, mend func()) {
 	t.Helper()
 	fail()
-	p.awaitUnhealthy(t, 9*time.Second)
-	mend()
 	start := time.Now()
+	if !waitUntil(func() bool { return p.ask("GET /health", "").status == 503 }, 9*time.Second) {
+		t.Error("still healthy after 9 s")
+	}
+	t.Logf("unhealthy after %s", time.Since(start).Round(time.Millisecond))
+	mend()
+	start = time.Now()
 	p.awaitHealthy(t, 15*time.Second)
 	t.Logf("healthy %s after Cassandra answered", time.Since(start).Round(time.Millisecond))
 	if p.hasExited() {
@@ -4627,8 +4507,7 @@ func outage(t *testing.T, p *process, fail, mend func()) {
 func TestOutages(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-restart", "2s")
-	p := startService(t, n.settings()...)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t, cassandraAt(n.addr)...)
 	l := startLoad(p, 32)
 	for range 3 {
 		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
@@ -4637,7 +4516,7 @@ func TestOutages(t *testing.T) {
 	stopped := func() { n.signal(t, 0, syscall.SIGSTOP) }
 	outage(t, p, stopped, func() { time.Sleep(20 * time.Second); n.signal(t, 0, syscall.SIGCONT) })
 	n.signal(t, 0, syscall.SIGKILL)
-	second := startService(t, n.settings()...) // while it is not there
+	second := startService(t, cassandraAt(n.addr)...) // while it is not there
 	second.awaitRefusal(t, "connection refused")
 	n.awaitAnswer(t, "127.0.0.1")
 	p.awaitHealthy(t, 15*time.Second)
@@ -4648,8 +4527,7 @@ func TestOutages(t *testing.T) {
 func TestStoppedCassandraMeetsEveryDeadline(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-port", "0")
-	p := startService(t, n.settings()...)
-	p.awaitHealthy(t, 15*time.Second)
+	p := startHealthy(t, cassandraAt(n.addr)...)
 	n.signal(t, 0, syscall.SIGSTOP)
 	askEverything(p, func(request string, a answer) {
 		if a.status != 504 || a.took > 1500*time.Millisecond {
@@ -4666,8 +4544,7 @@ func TestStoppedCassandraMeetsEveryDeadline(t *testing.T) {
 func TestUnreachableAnnouncedAddress(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-restart", "2s", "-rpc-address", "203.0.113.7") // for documentation: nobody is there
-	p := startService(t, n.settings()...)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t, cassandraAt(n.addr)...)
 	l := startLoad(p, 32)
 	for range 2 {
 		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
@@ -4683,15 +4560,13 @@ func TestUnreachableAnnouncedAddress(t *testing.T) {
 func TestThreeNodes(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-nodes", "3", "-restart", "10s")
-	p := startService(t, append(n.settings(), "CASSANDRA_REPLICATION=3")...)
-	p.awaitHealthy(t, 30*time.Second)
+	p := startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")...)
 	l := startLoad(p, 4)
 	l.stream(t)
 	time.Sleep(5 * time.Second) // of load
 	n.signal(t, 2, syscall.SIGKILL)
 	killed := time.Now()
-	late := startService(t, append(n.settings(), "CASSANDRA_REPLICATION=3")...) // its schema is one the dead node cannot agree to
-	late.awaitHealthy(t, 30*time.Second)
+	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")...) // its schema is one the dead node cannot agree to
 	t.Logf("a service that starts without one node is healthy after %s", time.Since(killed))
 	n.awaitAnswer(t, "127.0.0.3")
 	back := l.created()
