@@ -708,26 +708,26 @@ func TestBadSettingsAreNamed(t *testing.T) {
 	}
 }
 
-func TestBadSettingsEndTheStart(t *testing.T) {
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "RUN_AS_SERVICE=1", "DRAIN_DELAY=1m", "LOG_FORMAT=xml", "CASSANDRA_USERNAME=", "CASSANDRA_PASSWORD=hunter2")
-	out, err := cmd.CombinedOutput()
-	want := `cassandra-service-go: LOG_FORMAT is "xml", it must be text or json; ` +
-		`CASSANDRA_USERNAME and CASSANDRA_PASSWORD must be set together; ` +
-		`SHUTDOWN_TIMEOUT "20s" must be at least DRAIN_DELAY "1m0s"` + "\n"
-	if string(out) != want || cmd.ProcessState.ExitCode() != 1 {
-		t.Errorf("%v, output %s, want %s", err, out, want)
+func TestFailedStartsSayWhyInOneLine(t *testing.T) {
+	taken := listen(t, anyPort).Addr().String()
+	tests := []struct {
+		name     string
+		settings []string
+		want     string
+	}{
+		{"bad settings", []string{"DRAIN_DELAY=1m", "LOG_FORMAT=xml", "CASSANDRA_USERNAME=", "CASSANDRA_PASSWORD=hunter2"}, `LOG_FORMAT is "xml", it must be text or json; ` +
+			`CASSANDRA_USERNAME and CASSANDRA_PASSWORD must be set together; SHUTDOWN_TIMEOUT "20s" must be at least DRAIN_DELAY "1m0s"`},
+		{"a taken address", []string{"ADDR=" + taken}, "listening on ADDR: listen tcp " + taken + ": bind: address already in use"},
 	}
-}
-
-func TestTakenAddressEndsTheStart(t *testing.T) {
-	taken := listen(t, anyPort)
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "RUN_AS_SERVICE=1", "ADDR="+taken.Addr().String())
-	out, _ := cmd.CombinedOutput()
-	want := fmt.Sprintf("cassandra-service-go: listening on ADDR: listen tcp %s: bind: address already in use\n", taken.Addr())
-	if string(out) != want || cmd.ProcessState.ExitCode() != 1 {
-		t.Errorf("exit status %d, output %s, want %s", cmd.ProcessState.ExitCode(), out, want)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(append(os.Environ(), "RUN_AS_SERVICE=1"), tt.settings...)
+			out, _ := cmd.CombinedOutput()
+			if want := "cassandra-service-go: " + tt.want + "\n"; string(out) != want || cmd.ProcessState.ExitCode() != 1 {
+				t.Errorf("exit status = %d, want 1; output %s, want %s", cmd.ProcessState.ExitCode(), out, want)
+			}
+		})
 	}
 }
 
@@ -848,7 +848,7 @@ func TestRootListsTheRouteTable(t *testing.T) {
 
 func TestHeadIsGetWithoutBody(t *testing.T) {
 	url := serve(t, service)
-	targets := []string{"/users/" + aUser(t).ID, "/users/" + uuid.NewString(), "/users/x", "/nothing", "/users?limit=0", "/shutdown"}
+	targets := []string{"/users/" + aUser(t).ID, "/users/" + uuid.NewString(), "/users/x", "/nothing", "/users?limit=0", "/users/stream?limit=0", "/users/stream/pages?page_state=x", "/shutdown"}
 	for path, allow := range allowed {
 		if strings.Contains(allow, "HEAD") && !strings.HasSuffix(path, "_query") {
 			targets = append(targets, path)
@@ -875,9 +875,6 @@ func TestHeadOfStreamsAsksCassandraNothing(t *testing.T) {
 		a := call(t, "HEAD "+target, "")
 		if asked := counters.queries.Load() - before; a.status != 200 || asked != 0 {
 			t.Errorf("HEAD %s: status = %d after %d queries, want 200 after none", target, a.status, asked)
-		}
-		if a := call(t, "HEAD "+target+"?limit=0", ""); a.status != 422 {
-			t.Errorf("HEAD %s?limit=0: status = %d, want 422", target, a.status)
 		}
 	}
 }
@@ -909,8 +906,13 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
+var (
+	goodTimeouts = []string{"0.5", "0.000000001", "00030", "60", "60.000000001", "61", "999999999.999999999"}
+	badTimeouts  = []string{"", "0", "0.0", "-1", "+5", "inf", "NaN", "0x1p-2", "1_0", "1e3", "1.", ".5", "1.2.3", "1,5", "5s", " ", "1234567890", "0.1234567890", "٣", "5\n"}
+)
+
 func TestRequestTimeoutHeader(t *testing.T) {
-	for _, value := range []string{"0.5", "0.000000001", "00030", "60", "61", "999999999.999999999"} {
+	for _, value := range goodTimeouts {
 		t.Run("taken "+value, func(t *testing.T) {
 			if a := call(t, "GET /", "", "X-Request-Timeout: "+value); a.status != 200 {
 				t.Errorf("status = %d, want 200; body: %s", a.status, a.body)
@@ -918,7 +920,7 @@ func TestRequestTimeoutHeader(t *testing.T) {
 		})
 	}
 	const refused = `{"header":"X-Request-Timeout","detail":"must be seconds above 0, once, in digits with at most one point, as in 0.5"}`
-	for _, value := range []string{"", "0", "0.0", "-1", "+5", "inf", "NaN", "0x1p-2", "1_0", "1e3", "1.", ".5", "1.2.3", "1,5", "5s", " ", "1234567890", "0.1234567890", "٣", "5\n"} {
+	for _, value := range badTimeouts {
 		for _, request := range []string{"GET /", "GET /health", "GET /users/stream", "GET /nothing", "PUT /users/batch", "POST /users", "POST /shutdown"} {
 			t.Run(request+" refused "+value, func(t *testing.T) {
 				wantProblem(t, call(t, request, "", "X-Request-Timeout: "+value), 422, notValid, refused)
@@ -1297,8 +1299,8 @@ var badParameters = []struct{ name, query, errs string }{
 	{"repeated under an escaped name", "limit=1&%6cimit=2", limitRepeated},
 	{"badly escaped", "limit=%zz", badlyEscaped("%zz")},
 	{"escape cut off", "limit=5%2", badlyEscaped("%2")},
-	{"all wrong at once", "fetch_size=0&limit=x&age_filter=-1", both(filterWrong, fetchWrong, limitWrong)},
-	{"all wrong with a token", "page_state=x&fetch_size=0&age_filter=-1", both(filterWrong, fetchWrong, stateWrong)},
+	{"all wrong at once", "fetch_size=0&limit=x&age_filter=-1", all(filterWrong, fetchWrong, limitWrong)},
+	{"all wrong with a token", "page_state=x&fetch_size=0&age_filter=-1", all(filterWrong, fetchWrong, stateWrong)},
 }
 
 func TestBadParameters(t *testing.T) {
@@ -1354,7 +1356,7 @@ func FuzzParameters(f *testing.F) {
 
 // FuzzTimeoutHeader holds X-Request-Timeout against exact arithmetic.
 func FuzzTimeoutHeader(f *testing.F) {
-	for _, value := range []string{"0.5", "0", "-1", "inf", "NaN", "0x1p-2", "1_0", "1e3", "+5", "60.000000001", "999999999.999999999", "1.", ".5"} {
+	for _, value := range slices.Concat(goodTimeouts, badTimeouts) {
 		f.Add(value)
 	}
 	form := regexp.MustCompile(`\A\d{1,9}(\.\d{1,9})?\z`)
@@ -1688,8 +1690,8 @@ func notJSON(why string) string {
 	return fmt.Sprintf(`{"pointer":"","detail":%q}`, "must be one JSON value: "+why)
 }
 
-// both joins errors.
-func both(errs ...string) string { return strings.Join(errs, ",") }
+// all joins errors.
+func all(errs ...string) string { return strings.Join(errs, ",") }
 
 func with(member string) string  { return strings.TrimSuffix(aBody, "}") + "," + member + "}" }
 func named(name string) string   { return `{"name":` + name + `,"email":"ada@example.com","age":36}` }
@@ -1697,11 +1699,11 @@ func mailed(email string) string { return `{"name":"Ada","email":` + email + `,"
 func aged(age string) string     { return `{"name":"Ada","email":"ada@example.com","age":` + age + `}` }
 
 var badUsers = []struct{ name, body, errs string }{
-	{"nothing given", `{}`, both(noName, noEmail, noAge)},
-	{"all null", `{"name":null,"email":null,"age":null}`, both(nameWrong, emailWrong, ageWrong)},
-	{"all of the wrong type", `{"name":1,"email":["a@b.c"],"age":"36"}`, both(nameWrong, emailWrong, ageWrong)},
-	{"one wrong, one missing, one unknown, one repeated", `{"age":-1,"x":1,"name":"Ada","name":"Ada"}`, both(ageOutside, unknown("/x"), repeated("/name"), noEmail)},
-	{"wrong and repeated", `{"name":1,"name":"Ada","email":"a@b.c","age":1}`, both(nameWrong, repeated("/name"))},
+	{"nothing given", `{}`, all(noName, noEmail, noAge)},
+	{"all null", `{"name":null,"email":null,"age":null}`, all(nameWrong, emailWrong, ageWrong)},
+	{"all of the wrong type", `{"name":1,"email":["a@b.c"],"age":"36"}`, all(nameWrong, emailWrong, ageWrong)},
+	{"one wrong, one missing, one unknown, one repeated", `{"age":-1,"x":1,"name":"Ada","name":"Ada"}`, all(ageOutside, unknown("/x"), repeated("/name"), noEmail)},
+	{"wrong and repeated", `{"name":1,"name":"Ada","email":"a@b.c","age":1}`, all(nameWrong, repeated("/name"))},
 	{"empty name", named(`""`), nameWrong},
 	{"blank name", named(`" \t\u00a0\u2003"`), nameWrong},
 	{"name too long", named(`"` + strings.Repeat("𝄞", 101) + `"`), nameWrong},
@@ -1741,7 +1743,7 @@ var badUsers = []struct{ name, body, errs string }{
 	{"unknown name", with(`"nick":"a"`), unknown("/nick")},
 	{"unknown name to be escaped", with(`"a/b~c":1`), unknown("/a~1b~0c")},
 	{"empty name of a member", with(`"":1`), unknown("/")},
-	{"wrongly cased", `{"Name":"Ada","EMAIL":"ada@example.com","aGe":36}`, both(unknown("/Name"), unknown("/EMAIL"), unknown("/aGe"), noName, noEmail, noAge)},
+	{"wrongly cased", `{"Name":"Ada","EMAIL":"ada@example.com","aGe":36}`, all(unknown("/Name"), unknown("/EMAIL"), unknown("/aGe"), noName, noEmail, noAge)},
 	{"a letter that folds to k", with("\"\u212Aname\":1"), unknown("/\u212Aname")},
 	{"repeated", with(`"age":36`), repeated("/age")},
 	{"repeated under an escaped name", with(`"\u0061ge":36`), repeated("/age")},
@@ -1859,8 +1861,8 @@ func TestBadPatches(t *testing.T) {
 		{"nothing", `{}`, nothing},
 		{"only the server's fields", `{"id":"x","created_at":1,"updated_at":null}`, nothing},
 		{"null", `{"name":null}`, nameWrong},
-		{"all null", `{"name":null,"email":null,"age":null}`, both(nameWrong, emailWrong, ageWrong)},
-		{"one right, two wrong", `{"name":"Bob","email":1,"age":1.5}`, both(emailWrong, ageWrong)},
+		{"all null", `{"name":null,"email":null,"age":null}`, all(nameWrong, emailWrong, ageWrong)},
+		{"one right, two wrong", `{"name":"Bob","email":1,"age":1.5}`, all(emailWrong, ageWrong)},
 		{"unknown", `{"nick":"a"}`, unknown("/nick")},
 		{"an array of operations", `[{"op":"replace","path":"/age","value":1}]`, notObject},
 	}
@@ -1868,24 +1870,6 @@ func TestBadPatches(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			wantProblem(t, call(t, "PATCH /users/"+id, tt.body), 422, notValid, tt.errs)
-		})
-	}
-}
-
-func TestBadBatches(t *testing.T) {
-	const count = `{"pointer":"","detail":"must be an array of 1 to 100 users"}`
-	tests := []struct{ name, body, errs string }{
-		{"an object", aBody, count},
-		{"null", `null`, count},
-		{"wrong elements", `[` + aBody + `,null,{"name":"Ada","email":"x","age":151},[],{}]`, both(
-			`{"pointer":"/1","detail":"must be an object with name, email and age"}`,
-			strings.Replace(emailWrong, "/email", "/2/email", 1), strings.Replace(ageOutside, "/age", "/2/age", 1),
-			`{"pointer":"/3","detail":"must be an object with name, email and age"}`,
-			strings.Replace(noName, "/name", "/4/name", 1), strings.Replace(noEmail, "/email", "/4/email", 1), strings.Replace(noAge, "/age", "/4/age", 1))},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			wantProblem(t, call(t, "POST /users/batch", tt.body), 422, notValid, tt.errs)
 		})
 	}
 }
@@ -1925,37 +1909,37 @@ func TestBadIDs(t *testing.T) {
 	}
 }
 
-var longestEmail = strings.Repeat("a", 242) + "@example.com"
-
-var usersAtTheLimits = []struct{ name, body, fields string }{
-	{"longest name", `{"name":"` + strings.Repeat("𝄞", 100) + `","email":"a@b.c","age":1}`, `"name":"` + strings.Repeat("𝄞", 100) + `","email":"a@b.c","age":1`},
-	{"shortest", `{"name":"a","email":"a@b","age":0}`, `"name":"a","email":"a@b","age":0`},
-	{"longest email", `{"name":"a","email":"` + longestEmail + `","age":1}`, `"name":"a","email":"` + longestEmail + `","age":1`},
-	{"oldest", `{"name":"a","email":"a@b.c","age":150}`, `"name":"a","email":"a@b.c","age":150`},
-	{"age as a decimal", `{"name":"a","email":"a@b.c","age":30.0}`, `"name":"a","email":"a@b.c","age":30`},
-	{"age with an exponent", `{"name":"a","email":"a@b.c","age":3e1}`, `"name":"a","email":"a@b.c","age":30`},
-	{"age with a negative exponent", `{"name":"a","email":"a@b.c","age":300000E-4}`, `"name":"a","email":"a@b.c","age":30`},
-	{"age minus nothing", `{"name":"a","email":"a@b.c","age":-0.0e5}`, `"name":"a","email":"a@b.c","age":0`},
-	{"spaces kept", `{"name":" a ","email":"a@b.c","age":1}`, `"name":" a ","email":"a@b.c","age":1`},
-	{"any order", `{"age":1,"email":"a@b.c","name":"a"}`, `"name":"a","email":"a@b.c","age":1`},
-	{"spelled with escapes", `{"n\u0061me":"\u0061","email":"a@b.c","age":1}`, `"name":"a","email":"a@b.c","age":1`},
-	{"Unicode", `{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, `"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1`},
-	{"surrogate pair", `{"name":"\ud83d\uDE00","email":"a@b.c","age":1}`, `"name":"😀","email":"a@b.c","age":1`},
-	{"surrogate spelled out", `{"name":"\\ud83d","email":"a@b.c","age":1}`, `"name":"\\ud83d","email":"a@b.c","age":1`},
-	{"markup and control characters", `{"name":"<b>&\u0000\u2028\"\\","email":"a@b.c","age":1}`, `"name":"<b>&\u0000\u2028\"\\","email":"a@b.c","age":1`},
-	{"the server's fields, ignored", `{"id":[],"created_at":{"a":1},"updated_at":null,"name":"a","email":"a@b.c","age":1}`, `"name":"a","email":"a@b.c","age":1`},
-	{"spaces around", "\r\n\t " + `{"name":"a","email":"a@b.c","age":1}` + " \n", `"name":"a","email":"a@b.c","age":1`},
-	{"body of a megabyte", `{"name":"a","email":"a@b.c","age":1}` + strings.Repeat(" ", maxBody-36), `"name":"a","email":"a@b.c","age":1`},
+// usersAtTheLimits are valid; want is the body as it is answered, where it differs.
+var usersAtTheLimits = []struct{ name, body, want string }{
+	{"longest name", named(`"` + strings.Repeat("𝄞", 100) + `"`), ""},
+	{"longest email", mailed(`"` + strings.Repeat("a", 242) + `@example.com"`), ""},
+	{"shortest", `{"name":"a","email":"a@b","age":0}`, ""},
+	{"oldest", aged(`150`), ""},
+	{"age as a decimal", aged(`30.0`), aged(`30`)},
+	{"age with an exponent", aged(`3e1`), aged(`30`)},
+	{"age with a negative exponent", aged(`300000E-4`), aged(`30`)},
+	{"age minus nothing", aged(`-0.0e5`), aged(`0`)},
+	{"spaces kept", named(`" a "`), ""},
+	{"any order", `{"age":36,"email":"ada@example.com","name":"Ada"}`, named(`"Ada"`)},
+	{"spelled with escapes", `{"n\u0061me":"\u0041da","email":"ada@example.com","age":36}`, named(`"Ada"`)},
+	{"Unicode", `{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, ""},
+	{"surrogate pair", named(`"\ud83d\uDE00"`), named(`"😀"`)},
+	{"surrogate spelled out", named(`"\\ud83d"`), ""},
+	{"markup and control characters", named(`"<b>&\u0000\u2028\"\\"`), ""},
+	{"the server's fields, ignored", with(`"id":[],"created_at":{"a":1},"updated_at":null`), aBody},
+	{"spaces around", "\r\n\t " + aBody + " \n", aBody},
+	{"body of a megabyte", aBody + strings.Repeat(" ", maxBody-len(aBody)), aBody},
 }
 
 func TestUsersAtTheLimits(t *testing.T) {
 	whole := regexp.MustCompile(`^\{"id":"([0-9a-f-]{14}4[0-9a-f]{3}-[89ab][0-9a-f-]{16})",(.*),"created_at":"(\S{23}Z)","updated_at":"(\S{23}Z)"\}` + "\n$")
 	for _, tt := range usersAtTheLimits {
 		t.Run(tt.name, func(t *testing.T) {
+			fields := strings.Trim(cmp.Or(tt.want, tt.body), "{}")
 			posted := call(t, "POST /users", tt.body)
 			got := whole.FindStringSubmatch(posted.body)
-			if posted.status != 201 || got == nil || got[2] != tt.fields || got[3] != got[4] {
-				t.Fatalf("status = %d, want 201; body %s, want fields %s", posted.status, posted.body, tt.fields)
+			if posted.status != 201 || got == nil || got[2] != fields || got[3] != got[4] {
+				t.Fatalf("status = %d, want 201; body %s, want fields %s", posted.status, posted.body, fields)
 			}
 			if location := posted.header.Get("Location"); location != "/users/"+got[1] {
 				t.Errorf("Location = %q, want /users/%s", location, got[1])
@@ -1965,7 +1949,7 @@ func TestUsersAtTheLimits(t *testing.T) {
 				t.Errorf("GET: status = %d, want 200; body %s, want %s", read.status, read.body, posted.body)
 			}
 			put := call(t, "PUT /users/"+got[1], read.body)
-			if after := whole.FindStringSubmatch(put.body); after == nil || after[2] != tt.fields {
+			if after := whole.FindStringSubmatch(put.body); after == nil || after[2] != fields {
 				t.Errorf("PUT of what GET answered: %d %s", put.status, put.body)
 			}
 		})
@@ -2020,20 +2004,11 @@ func TestMissingAndDeletedUsers(t *testing.T) {
 			wantProblem(t, call(t, "PATCH "+target, `{"age":36}`), 404, "User not found", "")
 			wantProblem(t, call(t, "GET "+target, ""), 404, "User not found", "")
 			wantProblem(t, call(t, "GET /users/"+strings.ToUpper(id), ""), 404, "User not found", "")
-			if n := rowsOf(t, id); n != 0 {
-				t.Errorf("%d rows, want none", n)
+			if err := global.session.Load().Query(selectUser, id).Scan(nil, nil, nil, nil, nil); err != gocql.ErrNotFound {
+				t.Errorf("a row, whole or not, is left: error = %v", err)
 			}
 		})
 	}
-}
-
-// rowsOf counts the rows, whole or not, of an id.
-func rowsOf(t testing.TB, id string) (n int) {
-	t.Helper()
-	if err := admin.Query(`SELECT count(*) FROM "`+os.Getenv("CASSANDRA_KEYSPACE")+`".users WHERE id = ?`, id).Scan(&n); err != nil {
-		t.Fatal(err)
-	}
-	return n
 }
 
 // atOnce calls do for 0 to n-1, at most 32 of them at a time.
@@ -2121,7 +2096,6 @@ func TestManyCreationsAtOnce(t *testing.T) {
 }
 
 func TestRacingChangesLeaveNoHalfRows(t *testing.T) {
-	const columns = `SELECT name, email, age, created_at, updated_at FROM users WHERE id = ?`
 	var sure atomic.Int64
 	atOnce(500, func(int) {
 		id := aUser(t).ID
@@ -2142,7 +2116,7 @@ func TestRacingChangesLeaveNoHalfRows(t *testing.T) {
 		var name, email *string
 		var age *int
 		var created, updated *time.Time
-		err := global.session.Load().Query(columns, id).Scan(&name, &email, &age, &created, &updated)
+		err := global.session.Load().Query(selectUser, id).Scan(&name, &email, &age, &created, &updated)
 		if err == nil && (name == nil || email == nil || age == nil || created == nil || updated == nil) {
 			t.Errorf("half a row of %s is left", id)
 		}
@@ -2164,38 +2138,39 @@ func TestListGivesEveryUserOnce(t *testing.T) {
 	if a := p.ask("GET /users", ""); a.body != "[]\n" || a.header.Get("Link") != "" {
 		t.Errorf("empty table: %s, Link %q", a.body, a.header.Get("Link"))
 	}
-	created := map[string]bool{}
+	created := map[string]int{}
 	for len(created) < 120 {
-		created[decode[userJSON](t, p.ask("POST /users", aBody), 201).ID] = true
+		created[decode[userJSON](t, p.ask("POST /users", aBody), 201).ID] = 1
 	}
-	next := regexp.MustCompile(`^<(/users\?limit=(\d+)&page_state=[A-Za-z0-9_-]+)>; rel="next"$`)
-	for _, tt := range []struct {
-		query string
-		limit int
-	}{{"", 10}, {"?limit=7", 7}, {"?limit=40", 40}, {"?limit=100", 100}, {"?limit=101", 100}, {"?limit=99999999999999999999", 100}, {"?limit=1", 1}} {
-		t.Run("query "+tt.query, func(t *testing.T) {
-			seen := map[string]bool{}
-			for target := "/users" + tt.query; target != ""; {
-				a := p.ask("GET "+target, "")
-				users := decode[[]userJSON](t, a, 200)
-				for _, u := range users {
-					if seen[u.ID] {
-						t.Errorf("user %s comes twice", u.ID)
-					}
-					seen[u.ID] = true
-				}
-				link := next.FindStringSubmatch(a.header.Get("Link"))
-				if link != nil && (len(users) != tt.limit || link[2] != strconv.Itoa(tt.limit)) {
-					t.Errorf("%d users and Link %s, want a limit of %d", len(users), link[1], tt.limit)
-				}
-				if target = ""; link != nil {
-					target = link[1]
-				}
-			}
-			if !maps.Equal(seen, created) {
-				t.Errorf("%d users, want %d", len(seen), len(created))
+	for query, limit := range map[string]int{"": 10, "?limit=7": 7, "?limit=40": 40, "?limit=100": 100, "?limit=101": 100, "?limit=99999999999999999999": 100, "?limit=1": 1} {
+		t.Run("query "+query, func(t *testing.T) {
+			if times := walkList(t, p, "/users"+query, limit); !maps.Equal(times, created) {
+				t.Errorf("how often each user came: %v, want each of %d once", times, len(created))
 			}
 		})
+	}
+}
+
+// walkList follows the Links and returns how often each user came.
+func walkList(t *testing.T, p *process, target string, limit int) map[string]int {
+	t.Helper()
+	times := map[string]int{}
+	next := regexp.MustCompile(fmt.Sprintf(`^<(/users\?limit=%d&page_state=[A-Za-z0-9_-]+)>; rel="next"$`, limit))
+	for {
+		a := p.ask("GET "+target, "")
+		users := decode[[]userJSON](t, a, 200)
+		for _, u := range users {
+			times[u.ID]++
+		}
+		link := a.header.Get("Link")
+		if link == "" {
+			return times
+		}
+		match := next.FindStringSubmatch(link)
+		if match == nil || len(users) != limit {
+			t.Fatalf("%d users and Link %s, want a limit of %d", len(users), link, limit)
+		}
+		target = match[1]
 	}
 }
 
@@ -2246,28 +2221,35 @@ func TestBatchAnswersInTheOrderGiven(t *testing.T) {
 	}
 }
 
+// element moves an error to an element of a batch.
+func element(i int, err string) string {
+	return strings.Replace(err, `"pointer":"`, fmt.Sprintf(`"pointer":"/%d`, i), 1)
+}
+
+const notBatch = `{"pointer":"","detail":"must be an array of 1 to 100 users"}`
+
 func TestBatchThatIsRefusedWritesNothing(t *testing.T) {
 	atLimits := func(int) (name, email string) { return textOf(4*maxName + maxEmail) }
 	number, size := fill(maxBatchBytes + 1)
 	tests := []struct {
-		name, body string
-		status     int
-		want       string
+		name, body   string
+		status       int
+		detail, errs string
 	}{
-		{"the last of 100 is invalid", strings.Replace(batchOf(100, shortText), `"age":99`, `"age":151`, 1), 422, `"errors":[{"pointer":"/99/age","detail":"must be from 0 to 150"}]`},
-		{"two are invalid", `[{"name":"A","email":"a@b.c","age":1},{"name":"","email":"a@b.c","age":1},7]`, 422, `"errors":[{"pointer":"/1/name","detail":"must be text of 1 to 100 characters, not blank"},{"pointer":"/2","detail":"must be an object with name, email and age"}]`},
-		{"none", `[]`, 422, `"errors":[{"pointer":"","detail":"must be an array of 1 to 100 users"}]`},
-		{"101", batchOf(101, shortText), 422, `"errors":[{"pointer":"","detail":"must be an array of 1 to 100 users"}]`},
-		{"100 at the limits of their fields", batchOf(100, atLimits), 413, `"detail":"The users of a batch may have 48000 bytes in all, these have 82400 (170 a user besides name and email); send them in several"`},
-		{"one byte too many", batchOf(number, size), 413, `"detail":"The users of a batch may have 48000 bytes in all, these have 48001 (170 a user besides name and email); send them in several"`},
+		{"the last of 100 is invalid", strings.Replace(batchOf(100, shortText), `"age":99`, `"age":151`, 1), 422, notValid, element(99, ageOutside)},
+		{"some are invalid", `[` + aBody + `,null,{"name":"Ada","email":"x","age":151},[],{}]`, 422, notValid, all(
+			element(1, notObject), element(2, emailWrong), element(2, ageOutside), element(3, notObject), element(4, noName), element(4, noEmail), element(4, noAge))},
+		{"none", `[]`, 422, notValid, notBatch},
+		{"101", batchOf(101, shortText), 422, notValid, notBatch},
+		{"an object", aBody, 422, notValid, notBatch},
+		{"null", `null`, 422, notValid, notBatch},
+		{"100 at the limits of their fields", batchOf(100, atLimits), 413, "The users of a batch may have 48000 bytes in all, these have 82400 (170 a user besides name and email); send them in several", ""},
+		{"one byte too many", batchOf(number, size), 413, "The users of a batch may have 48000 bytes in all, these have 48001 (170 a user besides name and email); send them in several", ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			before := counters.queries.Load()
-			a := call(t, "POST /users/batch", tt.body)
-			if a.status != tt.status || !strings.Contains(a.body, tt.want) {
-				t.Errorf("answer %d %s, want %d with %s", a.status, a.body, tt.status, tt.want)
-			}
+			wantProblem(t, call(t, "POST /users/batch", tt.body), tt.status, tt.detail, tt.errs)
 			if sent := counters.queries.Load() - before; sent != 0 {
 				t.Errorf("%d requests to Cassandra, want none", sent)
 			}
@@ -2352,27 +2334,15 @@ func walkPages(t testing.TB, query string, fetchSizes ...int) (all []userJSON) {
 	}
 }
 
-// walkList follows the Links of GET /users and returns all users.
-func walkList(t testing.TB) (all []userJSON) {
-	t.Helper()
-	for target := "/users?limit=100"; target != ""; {
-		a := call(t, "GET "+target, "")
-		all = append(all, decode[[]userJSON](t, a, 200)...)
-		target, _ = strings.CutPrefix(a.header.Get("Link"), "<")
-		target, _, _ = strings.Cut(target, ">")
-	}
-	return all
-}
-
 // stream returns all users of GET /users/stream.
 func stream(t testing.TB, query string) []userJSON {
 	t.Helper()
 	return decode[[]userJSON](t, call(t, "GET /users/stream?"+query, ""), 200)
 }
 
-// checkOnce fails unless the users are those of the crowd at least minAge old,
+// wantCrowd fails unless the users are those of the crowd at least minAge old,
 // each once.
-func checkOnce(t testing.TB, users []userJSON, minAge int) {
+func wantCrowd(t testing.TB, users []userJSON, minAge int) {
 	t.Helper()
 	seen := map[string]bool{}
 	for _, u := range users {
@@ -2394,15 +2364,14 @@ func checkOnce(t testing.TB, users []userJSON, minAge int) {
 
 func TestEveryUserComesOnce(t *testing.T) {
 	useCrowd(t)
-	t.Run("stream", func(t *testing.T) { checkOnce(t, stream(t, ""), 0) })
+	t.Run("stream", func(t *testing.T) { wantCrowd(t, stream(t, ""), 0) })
 	t.Run("pages of changing sizes", func(t *testing.T) {
-		checkOnce(t, walkPages(t, "", 1000, 1, 999, 70, 5000), 0)
+		wantCrowd(t, walkPages(t, "", 1000, 1, 999, 70, 5000), 0)
 	})
-	t.Run("lists", func(t *testing.T) { checkOnce(t, walkList(t), 0) })
 	for _, age := range []int{1, 90, 99, 150} {
 		t.Run(fmt.Sprintf("of age %d and older", age), func(t *testing.T) {
-			checkOnce(t, stream(t, fmt.Sprintf("fetch_size=500&age_filter=%d", age)), age)
-			checkOnce(t, walkPages(t, fmt.Sprintf("age_filter=%d", age), 1000, 100), age)
+			wantCrowd(t, stream(t, fmt.Sprintf("fetch_size=500&age_filter=%d", age)), age)
+			wantCrowd(t, walkPages(t, fmt.Sprintf("age_filter=%d", age), 1000, 100), age)
 		})
 	}
 }
@@ -2505,9 +2474,9 @@ func streamByCurl(t *testing.T, url string, args ...string) (curl *exec.Cmd, fil
 	return curl, file
 }
 
-// checkCut fails unless curl saw that its stream was cut, and NDJSON ends in a
+// wantCut fails unless curl saw that its stream was cut, and NDJSON ends in a
 // problem.
-func checkCut(t *testing.T, curl *exec.Cmd, file string, isNDJSON bool) {
+func wantCut(t *testing.T, curl *exec.Cmd, file string, isNDJSON bool) {
 	t.Helper()
 	curl.Wait()
 	if code := curl.ProcessState.ExitCode(); code != 18 {
@@ -2535,7 +2504,7 @@ func TestCutStreamIsSeenAsCut(t *testing.T) {
 		curl, file := streamByCurl(t, p.url+"/users/stream?fetch_size=1000", "--header", "Accept: "+accept)
 		waitUntil(proxy.isHolding, 5*time.Second) // between two pages a cut harms nobody
 		proxy.cut()
-		checkCut(t, curl, file, accept == ndjson)
+		wantCut(t, curl, file, accept == ndjson)
 		p.awaitHealthy(t, 15*time.Second)
 		if users := decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200); len(users) != len(crowd.ages) {
 			t.Errorf("%d users after the cut, want %d", len(users), len(crowd.ages))
@@ -2625,8 +2594,8 @@ func firstToken(t testing.TB, query string) string {
 	return *p.PageState
 }
 
-// checkStartAgain fails unless the answer says that page_state is not right.
-func checkStartAgain(t testing.TB, what string, a answer) {
+// wantStartAgain fails unless the answer says that page_state is not right.
+func wantStartAgain(t testing.TB, what string, a answer) {
 	t.Helper()
 	var p problem
 	json.Unmarshal([]byte(a.body), &p)
@@ -2659,16 +2628,15 @@ func TestDamagedPageTokens(t *testing.T) {
 		}
 	}
 	for what, text := range damaged {
-		checkStartAgain(t, what, call(t, "GET "+pages+url.QueryEscape(text), ""))
+		wantStartAgain(t, what, call(t, "GET "+pages+url.QueryEscape(text), ""))
 	}
 	list := call(t, "GET /users", "").header.Get("Link")
 	_, list, _ = strings.Cut(list, "page_state=")
 	list, _, _ = strings.Cut(list, ">")
-	checkStartAgain(t, "another age_filter", call(t, "GET "+pages+token+"&age_filter=31", ""))
-	checkStartAgain(t, "age_filter=0", call(t, "GET "+pages+token+"&age_filter=0", ""))
-	checkStartAgain(t, "of GET /users", call(t, "GET "+pages+list, ""))
-	checkStartAgain(t, "at GET /users", call(t, "GET /users?page_state="+token, ""))
-	checkStartAgain(t, "with 422 for HEAD", call(t, "HEAD "+pages+"x", ""))
+	wantStartAgain(t, "another age_filter", call(t, "GET "+pages+token+"&age_filter=31", ""))
+	wantStartAgain(t, "age_filter=0", call(t, "GET "+pages+token+"&age_filter=0", ""))
+	wantStartAgain(t, "of GET /users", call(t, "GET "+pages+list, ""))
+	wantStartAgain(t, "at GET /users", call(t, "GET /users?page_state="+token, ""))
 }
 
 func TestPageTokenKeepsItsQuery(t *testing.T) {
@@ -2734,7 +2702,7 @@ func TestForgedPageTokens(t *testing.T) {
 			t.Errorf("%s: status = %d, want %d; %s", tt.name, a.status, tt.status, a.body)
 		}
 		if a.status == 422 {
-			checkStartAgain(t, tt.name, a)
+			wantStartAgain(t, tt.name, a)
 		}
 	}
 }
@@ -2931,12 +2899,12 @@ func TestFilterOverFiveMillionUsers(t *testing.T) {
 	})
 	url := serve(t, service)
 	for age, want := range map[int]int{120: 10, 121: 0} {
-		checkFilteredStream(t, url, age, want)
-		checkFilteredPages(t, age, want)
+		wantFilteredStream(t, url, age, want)
+		wantFilteredPages(t, age, want)
 	}
 }
 
-func checkFilteredStream(t *testing.T, url string, age, want int) {
+func wantFilteredStream(t *testing.T, url string, age, want int) {
 	t.Helper()
 	start := time.Now()
 	answer, err := http.Get(fmt.Sprintf("%s/users/stream?age_filter=%d", url, age))
@@ -2953,7 +2921,7 @@ func checkFilteredStream(t *testing.T, url string, age, want int) {
 	t.Logf("age_filter=%d: the status after %s, all of the stream after %s", age, first, time.Since(start))
 }
 
-func checkFilteredPages(t *testing.T, age, want int) {
+func wantFilteredPages(t *testing.T, age, want int) {
 	t.Helper()
 	var slowest time.Duration
 	users, pages := 0, 0
@@ -2992,7 +2960,7 @@ func TestStreamWhoseNodeIsKilled(t *testing.T) {
 		p.awaitHealthy(t, 3*time.Minute)
 		curl, file := streamByCurl(t, p.url+"/users/stream", "--header", "Accept: "+accept, "--limit-rate", "500k")
 		n.signal(t, 0, syscall.SIGKILL)
-		checkCut(t, curl, file, accept == ndjson)
+		wantCut(t, curl, file, accept == ndjson)
 		p.awaitHealthy(t, 3*time.Minute)
 		if got := len(decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200)); got != users {
 			t.Errorf("%d users after the restart, want %d", got, users)
@@ -3039,11 +3007,11 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 	if !waitUntil(replayed, 3*time.Minute) {
 		t.Fatal("the batchlog is not empty after three minutes")
 	}
-	checkBatches(t, answers, decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200))
+	wantWholeBatches(t, answers, decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200))
 }
 
-// checkBatches fails unless the users are whole batches, as the answers said.
-func checkBatches(t *testing.T, answers map[string]int, users []userJSON) {
+// wantWholeBatches fails unless the users are whole batches, as the answers said.
+func wantWholeBatches(t *testing.T, answers map[string]int, users []userJSON) {
 	t.Helper()
 	written, outcomes := map[string]int{}, map[string]int{}
 	for _, u := range users {
@@ -3081,23 +3049,18 @@ func TestSelfTests(t *testing.T) {
 	}
 	const caught = `non_existent_table_xyz: table non_existent_table_xyz does not exist`
 	tests := []struct{ request, want string }{
-		{"POST query_error", `{"test":"query_error","error_caught":"running SELECT name, age FROM ` + caught + `","session_unchanged":true,"session_open":true,"session_still_works":true,"cassandra_version":"VERSION"}`},
+		{"POST query_error", `{"test":"query_error","error_caught":"running SELECT name, age FROM ` + caught + `","session_unchanged":true,"session_open":true,"session_still_works":true,MASKED}`},
 		{"POST streaming_error", `{"test":"streaming_error","streaming_error_caught":true,"error_message":"reading a page of the scratch table: ` + caught[len("non_existent_table_xyz: "):] + `","session_unchanged":true,"session_open":true,"session_still_streams":true,"stream_completed":true,"rows_after_error":20}`},
 		{"POST concurrent_streams", `{"test":"concurrent_streams","streams_completed":3,"all_streams_independent":true,"results":[` + stream(0, 20) + `,` + stream(1, 30) + `,` + stream(2, 40) + `],"session_still_open":true}`},
 		{"POST nested_contexts", `{"test":"nested_contexts","events":["cluster_opened","session_opened","stream_opened","stream_closed","session_works_after_stream:5","session_closing","session_closed","cluster_works_after_session:True","cluster_closing","cluster_closed"],"correct_order":true,"row_count":5,"main_session_unaffected":true}`},
 		{"POST cancellation", `{"test":"cancellation","rows_processed_before_cancel":5,"was_cancelled":true,"error_type":"context canceled","cleaned_up":true,"session_still_works":true,"session_open":true,"new_stream_worked":true,"total_rows":50}`},
-		{"GET status", fmt.Sprintf(`{"session_open":true,"session_id":"%d","cluster_open":true,"cluster_id":"CLUSTER","keyspace":%q}`, session.number, global.cluster.keyspace)},
+		{"GET status", fmt.Sprintf(`{"session_open":true,"session_id":"%d","cluster_open":true,MASKED,"keyspace":%q}`, session.number, global.cluster.keyspace)},
 	}
-	mask := regexp.MustCompile(`("cassandra_version":")[0-9][^"]*|("cluster_id":")[^"]+`)
+	mask := regexp.MustCompile(`"cassandra_version":"\d[^"]*"|"cluster_id":"[^"]+"`)
 	for _, tt := range tests {
 		t.Run(tt.request, func(t *testing.T) {
 			a := call(t, strings.Replace(tt.request, " ", " /context_manager_safety/", 1), "")
-			got := mask.ReplaceAllStringFunc(a.body, func(s string) string {
-				if strings.HasPrefix(s, `"cluster`) {
-					return `"cluster_id":"CLUSTER`
-				}
-				return `"cassandra_version":"VERSION`
-			})
+			got := mask.ReplaceAllString(a.body, "MASKED")
 			if a.status != 200 || got != tt.want+"\n" {
 				t.Errorf("status = %d, body\n%s, want\n%s", a.status, got, tt.want)
 			}
@@ -3362,12 +3325,12 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	proxy.listener.Close()
 	proxy.cut()
 	take(step{"GET " + location, "", nil, 503, "GET /users/{id}", 1, 1})
-	p.checkMetrics(t, want, queries, errs, before.RowsStreamed+25)
+	p.wantMetrics(t, want, queries, errs, before.RowsStreamed+25)
 }
 
-// checkMetrics waits until nothing is in flight and compares the counters; only
+// wantMetrics waits until nothing is in flight and compares the counters; only
 // the probes' own requests are left out.
-func (p *process) checkMetrics(t *testing.T, byRoute map[string]map[string]int64, queries, errs, rows int64) {
+func (p *process) wantMetrics(t *testing.T, byRoute map[string]map[string]int64, queries, errs, rows int64) {
 	t.Helper()
 	var m metrics
 	if !waitUntil(func() bool { m = p.metrics(t); return m.RequestsInFlight == 1 }, 5*time.Second) {
@@ -3761,7 +3724,7 @@ func TestExamplesOfOpenAPIWork(t *testing.T) {
 					if got := strconv.Itoa(a.status); got != status {
 						t.Fatalf("status = %s, want %s; body: %s", got, status, a.body)
 					}
-					operation.checkAnswer(t, a, status, accept)
+					operation.wantDocumented(t, a, status, accept)
 				})
 			}
 		}
@@ -3785,9 +3748,9 @@ func (o apiOperation) callExample(t *testing.T, pattern, contentType, accept str
 	return call(t, strings.Replace(pattern, "{id}", aUser(t).ID, 1)+"?"+query.Encode(), string(o.RequestBody.example(contentType)), headers...)
 }
 
-// checkAnswer compares an answer with its documentation: type, required
+// wantDocumented compares an answer with its documentation: type, required
 // headers, and the names of its members with those of the example.
-func (o apiOperation) checkAnswer(t *testing.T, a answer, status, mediaType string) {
+func (o apiOperation) wantDocumented(t *testing.T, a answer, status, mediaType string) {
 	t.Helper()
 	if got, _, _ := strings.Cut(a.header.Get("Content-Type"), ";"); got != mediaType {
 		t.Errorf("Content-Type = %q, want %q", got, mediaType)
@@ -3862,18 +3825,20 @@ func (p *process) awaitQuiet(t testing.TB, m metrics) {
 	}
 }
 
+const nobody = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
+
 // askEverything sends one request to each endpoint that needs Cassandra, all at
 // once, and has each answer checked.
 func askEverything(p *process, check func(request string, a answer), headers ...string) {
-	const one = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
 	requests := map[string]string{
 		"POST /users": aBody, "GET /users": "", "POST /users/batch": "[" + aBody + "]",
 		"GET /users/stream": "", "GET /users/stream?age_filter=30": "", "GET /users/stream/pages": "",
-		"GET " + one: "", "PUT " + one: aBody, "PATCH " + one: aBody, "DELETE " + one: "",
+		"GET " + nobody: "", "PUT " + nobody: aBody, "PATCH " + nobody: aBody, "DELETE " + nobody: "",
 		"GET /performance/async": "", "GET /performance/sync": "", "GET /slow_query": "", "GET /long_running_query": "",
-		"POST /context_manager_safety/query_error": "", "POST /context_manager_safety/streaming_error": "",
-		"POST /context_manager_safety/concurrent_streams": "", "POST /context_manager_safety/nested_contexts": "",
-		"POST /context_manager_safety/cancellation": "", "GET /context_manager_safety/status": "",
+		"GET /context_manager_safety/status": "",
+	}
+	for _, name := range selfTests {
+		requests["POST /context_manager_safety/"+name] = ""
 	}
 	var asking sync.WaitGroup
 	for request, body := range requests {
@@ -3889,7 +3854,7 @@ func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
 	median := func() time.Duration {
 		times := make([]time.Duration, 100)
 		for i := range times {
-			a := p.ask("GET /users/7c9e6679-7425-40de-944b-e07fc1f90ae7", "")
+			a := p.ask("GET "+nobody, "")
 			if times[i] = a.took; a.status != 404 {
 				t.Fatalf("GET of a user: status = %d, error %v", a.status, a.err)
 			}
@@ -4043,13 +4008,12 @@ func (l *load) live(name string, dies bool) {
 	}()
 	fields := func(age int) string { return fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age) }
 	var u userJSON
-	a := l.send(may, "POST", "/users", fields(1), 201, 1)
+	a := l.send(may, "POST /users", fields(1), 201, 1)
 	if a.status != 201 || json.Unmarshal([]byte(a.body), &u) != nil {
 		return
 	}
-	path := "/users/" + u.ID
 	for _, step := range lives[dies] {
-		a := l.send(may, step.method, path, fields(2), step.want, step.age)
+		a := l.send(may, step.method+" /users/"+u.ID, fields(2), step.want, step.age)
 		if a.status != step.want {
 			return
 		}
@@ -4070,19 +4034,20 @@ var lives = map[bool][]struct {
 
 // send asks, and takes down what the answer means for a user: done, surely not
 // done (503), or perhaps (504).
-func (l *load) send(may map[int]bool, method, path, body string, want, age int) answer {
-	a := l.p.ask(method+" "+path, body)
+func (l *load) send(may map[int]bool, request, body string, want, age int) answer {
+	a := l.p.ask(request, body)
+	isChange := !strings.HasPrefix(request, "GET ")
 	switch {
 	case a.err != nil:
-		l.fault("%s %s got no answer: %v", method, path, a.err)
+		l.fault("%s got no answer: %v", request, a.err)
 		may[age] = true
-	case a.status == want && method != "GET":
+	case a.status == want && isChange:
 		clear(may)
 		may[age] = true
-	case a.status == 504 && method != "GET":
+	case a.status == 504 && isChange:
 		may[age] = true
 	case a.status != want && a.status != 503 && a.status != 504:
-		l.fault("%s %s: status = %d, want %d: %s", method, path, a.status, want, a.body)
+		l.fault("%s: status = %d, want %d: %s", request, a.status, want, a.body)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -4522,23 +4487,6 @@ func TestOutages(t *testing.T) {
 	p.awaitHealthy(t, 15*time.Second)
 	second.awaitHealthy(t, 15*time.Second)
 	l.check(t)
-}
-
-func TestStoppedCassandraMeetsEveryDeadline(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-port", "0")
-	p := startHealthy(t, cassandraAt(n.addr)...)
-	n.signal(t, 0, syscall.SIGSTOP)
-	askEverything(p, func(request string, a answer) {
-		if a.status != 504 || a.took > 1500*time.Millisecond {
-			t.Errorf("%s: status = %d after %s, want 504 after 0.5 s; error %v", request, a.status, a.took, a.err)
-		}
-	}, "X-Request-Timeout: 0.5")
-	if a := p.ask("GET /health", ""); a.status != 503 || a.took > 3*healthTimeout {
-		t.Errorf("/health: status = %d after %s, want 503 after %s", a.status, a.took, healthTimeout)
-	}
-	n.signal(t, 0, syscall.SIGCONT)
-	p.awaitHealthy(t, 15*time.Second)
 }
 
 func TestUnreachableAnnouncedAddress(t *testing.T) {
