@@ -178,6 +178,20 @@ func insertUsers(t testing.TB, db *gocql.Session, n int, age func(i int) int) []
 	return ids
 }
 
+// atOnce calls do for 0 to n-1, at most 32 of them at a time.
+func atOnce(n int, do func(i int)) {
+	var running sync.WaitGroup
+	turns := make(chan struct{}, 32)
+	for i := range n {
+		turns <- struct{}{}
+		running.Go(func() {
+			defer func() { <-turns }()
+			do(i)
+		})
+	}
+	running.Wait()
+}
+
 // crowd is a keyspace of 12 000 users that some tests read and none changes.
 var crowd = struct {
 	keyspace string
@@ -195,51 +209,6 @@ func useCrowd(t testing.TB) {
 		}
 	})
 }
-
-// serve puts a handler behind a real listener, as run does, and returns its URL.
-func serve(t testing.TB, h http.Handler) string {
-	server := httptest.NewUnstartedServer(h)
-	server.Config.ConnContext = limitSendBuffer
-	server.Start()
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
-	})
-	return server.URL
-}
-
-// dial opens a connection of which a test sees every byte.
-func dial(t testing.TB, url string) *net.TCPConn {
-	t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(40 * time.Second))
-	return conn.(*net.TCPConn)
-}
-
-// listen listens on an address of this machine, until the test ends at last.
-func listen(t testing.TB, addr string) net.Listener {
-	t.Helper()
-	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	return listener
-}
-
-// closedAddress is one of this machine where nobody listens.
-func closedAddress(t testing.TB) string {
-	t.Helper()
-	listener := listen(t, anyPort)
-	defer listener.Close()
-	return listener.Addr().String()
-}
-
-const anyPort = "127.0.0.1:0"
 
 // needsLong skips a test that takes minutes unless -long is given.
 func needsLong(t testing.TB) {
@@ -328,6 +297,103 @@ func aUser(t testing.TB) userJSON {
 	return decode[userJSON](t, call(t, "POST /users", aBody), 201)
 }
 
+// wantProblem checks a whole problem answer; errs is the JSON of its errors.
+func wantProblem(t testing.TB, a answer, status int, detail, errs string) {
+	t.Helper()
+	if errs != "" {
+		errs = `,"errors":[` + errs + `]`
+	}
+	want := fmt.Sprintf(`{"title":%q,"status":%d,"detail":%q%s,"request_id":%q}`+"\n", http.StatusText(status), status, detail, errs, a.header.Get("X-Request-Id"))
+	if a.status != status || a.body != want {
+		t.Errorf("status = %d, want %d; error %v\nbody %swant %s", a.status, status, a.err, a.body, want)
+	}
+	if got := a.header.Get("Content-Type"); got != "application/problem+json" {
+		t.Errorf("Content-Type = %q", got)
+	}
+}
+
+const (
+	notValid = "The request is not valid; see errors"
+	noPath   = "No such path; GET / lists the endpoints"
+)
+
+const notAvailable, tooLate = "Cassandra is not available; try again in a moment", "timeout: the deadline passed before the answer was there"
+const mayBeApplied = "timeout: no answer to the write, which may have been applied; read before you try again"
+const internalError = "Internal error; the log has it under this request_id"
+
+// serve puts a handler behind a real listener, as run does, and returns its URL.
+func serve(t testing.TB, h http.Handler) string {
+	server := httptest.NewUnstartedServer(h)
+	server.Config.ConnContext = limitSendBuffer
+	server.Start()
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return server.URL
+}
+
+// dial opens a connection of which a test sees every byte.
+func dial(t testing.TB, url string) *net.TCPConn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(40 * time.Second))
+	return conn.(*net.TCPConn)
+}
+
+// overTheWire sends a raw request and returns all that comes back until the
+// server closes the connection.
+func overTheWire(t testing.TB, url, request string) string {
+	t.Helper()
+	conn := dial(t, url)
+	if _, err := io.WriteString(conn, request); err != nil {
+		t.Fatal(err)
+	}
+	answer, err := io.ReadAll(conn)
+	if err != nil {
+		t.Fatalf("after %q: %v", answer, err)
+	}
+	return string(answer)
+}
+
+// openReader sends a GET and reads n bytes of the answer, with a small buffer:
+// what it leaves the service has to keep.
+func openReader(t testing.TB, url, target string, n int64) net.Conn {
+	t.Helper()
+	conn := dial(t, url)
+	conn.SetReadBuffer(4 << 10)
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", target)
+	if _, err := io.CopyN(io.Discard, conn, n); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+const anyPort = "127.0.0.1:0"
+
+// listen listens on an address of this machine, until the test ends at last.
+func listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return listener
+}
+
+// closedAddress is one of this machine where nobody listens.
+func closedAddress(t testing.TB) string {
+	t.Helper()
+	listener := listen(t, anyPort)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
 // process is the service in a process of its own.
 type process struct {
 	*exec.Cmd
@@ -389,15 +455,6 @@ func startHealthy(t testing.TB, settings ...string) *process {
 // sharedKeyspace is the setting for a service that may see other tests' users.
 func sharedKeyspace() string { return "CASSANDRA_KEYSPACE=" + os.Getenv("CASSANDRA_KEYSPACE") }
 
-func (p *process) hasExited() bool {
-	select {
-	case <-p.exited:
-		return true
-	default:
-		return false
-	}
-}
-
 // client keeps as many connections as there are clients in a test.
 var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4000}}
 
@@ -423,12 +480,71 @@ func (p *process) ask(request, body string, headers ...string) (a answer) {
 	return answer{status: got.StatusCode, header: got.Header, body: string(text), err: err}
 }
 
+// metrics returns what the service counts.
+func (p *process) metrics(t testing.TB) metrics {
+	t.Helper()
+	return decode[metrics](t, p.ask("GET /metrics", ""), 200)
+}
+
 // awaitHealthy waits until /health is 200.
 func (p *process) awaitHealthy(t testing.TB, within time.Duration) {
 	t.Helper()
 	healthy := func() bool { return p.ask("GET /health", "").status == 200 }
 	if !waitUntil(healthy, within) {
 		t.Fatalf("not healthy within %s", within)
+	}
+}
+
+// awaitQuiet waits until nothing is left of the requests before: as much is
+// open and running as in m.
+func (p *process) awaitQuiet(t testing.TB, m metrics) {
+	t.Helper()
+	var now metrics
+	quiet := func() bool {
+		client.CloseIdleConnections()
+		now = p.metrics(t)
+		return now.RequestsInFlight == 1 && now.StreamsActive == 0 && now.Goroutines <= m.Goroutines+4 && now.ActiveConnections <= m.ActiveConnections
+	}
+	if !waitUntil(quiet, 20*time.Second) {
+		t.Errorf("in flight = %d, streams = %d, goroutines = %d, connections = %d; before: %d goroutines, %d connections", now.RequestsInFlight, now.StreamsActive, now.Goroutines, now.ActiveConnections, m.Goroutines, m.ActiveConnections)
+	}
+}
+
+func (p *process) hasExited() bool {
+	select {
+	case <-p.exited:
+		return true
+	default:
+		return false
+	}
+}
+
+// wantExit waits for the end of a service.
+func (p *process) wantExit(t testing.TB, status int, within time.Duration) {
+	t.Helper()
+	if !waitUntil(p.hasExited, within) {
+		t.Fatalf("still running after %s", within)
+	}
+	if got := p.ProcessState.ExitCode(); got != status {
+		t.Errorf("exit status = %d (%s), want %d", got, p.ProcessState, status)
+	}
+}
+
+// awaitRefusal waits until the log says why the service cannot connect, once,
+// and checks that requests are answered 503.
+func (p *process) awaitRefusal(t testing.TB, why string) {
+	t.Helper()
+	if !waitUntil(func() bool { return strings.Contains(p.log.String(), why) }, 30*time.Second) {
+		t.Fatalf("the log does not say %q", why)
+	}
+	for _, path := range []string{"/health", "/users"} {
+		if a := p.ask("GET "+path, ""); a.status != 503 {
+			t.Errorf("%s: status = %d, want 503", path, a.status)
+		}
+	}
+	line := regexp.MustCompile(`level=WARN msg="cannot connect to Cassandra, trying on" hosts=\[\S+\] port=\d+ error=".*` + regexp.QuoteMeta(why))
+	if !line.MatchString(p.log.String()) {
+		t.Errorf("no line matches %s in\n%s", line, p.log)
 	}
 }
 
@@ -448,6 +564,32 @@ func (b *logBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.buf.String()
+}
+
+var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
+
+const nobody = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
+
+// askEverything sends one request to each endpoint that needs Cassandra, all at
+// once, and has each answer checked.
+func askEverything(p *process, check func(request string, a answer), headers ...string) {
+	requests := map[string]string{
+		"POST /users": aBody, "GET /users": "", "POST /users/batch": "[" + aBody + "]",
+		"GET /users/stream": "", "GET /users/stream?age_filter=30": "", "GET /users/stream/pages": "",
+		"GET " + nobody: "", "PUT " + nobody: aBody, "PATCH " + nobody: aBody, "DELETE " + nobody: "",
+		"GET /performance/async": "", "GET /performance/sync": "", "GET /slow_query": "", "GET /long_running_query": "",
+		"GET /context_manager_safety/status": "",
+	}
+	for _, name := range selfTests {
+		requests["POST /context_manager_safety/"+name] = ""
+	}
+	var asking sync.WaitGroup
+	for request, body := range requests {
+		asking.Go(func() {
+			check(request, p.ask(request, body, headers...))
+		})
+	}
+	asking.Wait()
 }
 
 // cassandraAddress is where the tests' Cassandra answers.
@@ -621,27 +763,53 @@ func startNode(t testing.TB, flags ...string) *node {
 	return n
 }
 
-// Tests of main.go.
-
-// wantProblem checks a whole problem answer; errs is the JSON of its errors.
-func wantProblem(t testing.TB, a answer, status int, detail, errs string) {
+// open returns a session to the node.
+func (n *node) open(t testing.TB, keyspace string) *gocql.Session {
 	t.Helper()
-	if errs != "" {
-		errs = `,"errors":[` + errs + `]`
+	c := global.cluster
+	c.keyspace = keyspace
+	host, port, _ := net.SplitHostPort(n.addr)
+	c.hosts = []string{host}
+	c.port, _ = strconv.Atoi(port)
+	return openKeyspace(t, c)
+}
+
+// signal sends a signal to a node, the first being 0.
+func (n *node) signal(t testing.TB, i int, sig syscall.Signal) {
+	t.Helper()
+	pids, err := os.ReadFile(n.pidFile)
+	if err != nil {
+		t.Fatal(err)
 	}
-	want := fmt.Sprintf(`{"title":%q,"status":%d,"detail":%q%s,"request_id":%q}`+"\n", http.StatusText(status), status, detail, errs, a.header.Get("X-Request-Id"))
-	if a.status != status || a.body != want {
-		t.Errorf("status = %d, want %d; error %v\nbody %swant %s", a.status, status, a.err, a.body, want)
-	}
-	if got := a.header.Get("Content-Type"); got != "application/problem+json" {
-		t.Errorf("Content-Type = %q", got)
+	pid, err := strconv.Atoi(strings.Fields(string(pids))[i])
+	if err != nil || syscall.Kill(pid, sig) != nil {
+		t.Fatalf("signalling node %d of %q", i, pids)
 	}
 }
 
-const (
-	notValid = "The request is not valid; see errors"
-	noPath   = "No such path; GET / lists the endpoints"
-)
+// awaitAnswer waits until the node answers CQL on an address of its own.
+func (n *node) awaitAnswer(t testing.TB, host string) {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(n.addr)
+	c := cluster{hosts: []string{host}, consistency: gocql.One}
+	c.port, _ = strconv.Atoi(port)
+	answers := func() bool {
+		cfg := c.config(&countingDialer{})
+		cfg.DisableInitialHostLookup = true
+		s, err := createSession(t.Context(), cfg)
+		if err != nil {
+			pause(t.Context(), 50*time.Millisecond)
+			return false
+		}
+		defer s.Close()
+		return s.Query(selectVersion).Exec() == nil
+	}
+	if !waitUntil(answers, 3*time.Minute) {
+		t.Fatalf("the node on %s does not answer", host)
+	}
+}
+
+// Tests of main.go.
 
 // environ makes a getenv of NAME=value settings.
 func environ(settings ...string) func(string) string {
@@ -1092,21 +1260,6 @@ func TestCrossOriginWritesAreRefused(t *testing.T) {
 	}
 }
 
-// overTheWire sends a raw request and returns all that comes back until the
-// server closes the connection.
-func overTheWire(t testing.TB, url, request string) string {
-	t.Helper()
-	conn := dial(t, url)
-	if _, err := io.WriteString(conn, request); err != nil {
-		t.Fatal(err)
-	}
-	answer, err := io.ReadAll(conn)
-	if err != nil {
-		t.Fatalf("after %q: %v", answer, err)
-	}
-	return string(answer)
-}
-
 const postHead = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 func TestBodiesThatCostTooMuchEndTheConnection(t *testing.T) {
@@ -1207,6 +1360,27 @@ func TestSlowBodiesTakeNoPlaceInFlight(t *testing.T) {
 	}
 }
 
+func TestLargeBodiesDoNotFillTheMemory(t *testing.T) {
+	p := startHealthy(t)
+	before := p.metrics(t).MemoryBytes
+	head := fmt.Sprintf("POST /users/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", maxBody)
+	for range 4 * maxLarge { // all but a byte of each
+		conn := dial(t, p.url)
+		io.WriteString(conn, head+strings.Repeat(" ", smallBody))
+		go io.WriteString(conn, strings.Repeat(" ", maxBody-smallBody-1)) // fails where it is refused
+	}
+	refused := func() bool { return p.metrics(t).RequestsByRoute["POST /users/batch"]["503"] == 3*maxLarge }
+	if !waitUntil(refused, 10*time.Second) {
+		t.Errorf("requests = %v, want %d refused", p.metrics(t).RequestsByRoute, 3*maxLarge)
+	}
+	if used := p.metrics(t).MemoryBytes - before; used > 4*maxLarge*maxBody {
+		t.Errorf("memory grew by %d bytes", used)
+	}
+	if a := p.ask("POST /users", aBody); a.status != 201 {
+		t.Errorf("beside large bodies: status = %d, want 201; error %v", a.status, a.err)
+	}
+}
+
 func TestHeadersThatCostTooMuch(t *testing.T) {
 	t.Parallel()
 	p := startService(t, sharedKeyspace())
@@ -1219,10 +1393,6 @@ func TestHeadersThatCostTooMuch(t *testing.T) {
 		t.Errorf("answer to a slow header %q after %s, want the end after %s", answer, took, headerTimeout)
 	}
 }
-
-const notAvailable, tooLate = "Cassandra is not available; try again in a moment", "timeout: the deadline passed before the answer was there"
-const mayBeApplied = "timeout: no answer to the write, which may have been applied; read before you try again"
-const internalError = "Internal error; the log has it under this request_id"
 
 func TestErrorsBecomeAnswers(t *testing.T) {
 	wireTimeout := &net.OpError{Op: "write", Net: "tcp", Err: os.ErrDeadlineExceeded}
@@ -1444,17 +1614,6 @@ func (p *process) holdOne(t testing.TB) <-chan answer {
 	return answer
 }
 
-// wantExit waits for the end of a service.
-func (p *process) wantExit(t testing.TB, status int, within time.Duration) {
-	t.Helper()
-	if !waitUntil(p.hasExited, within) {
-		t.Fatalf("still running after %s", within)
-	}
-	if got := p.ProcessState.ExitCode(); got != status {
-		t.Errorf("exit status = %d (%s), want %d", got, p.ProcessState, status)
-	}
-}
-
 // wantDraining checks what a service answers while it drains.
 func (p *process) wantDraining(t *testing.T) {
 	t.Helper()
@@ -1503,6 +1662,43 @@ func TestDrain(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestDrainUnderLoad(t *testing.T) {
+	p := startHealthy(t)
+	var inFlight, late sync.WaitGroup
+	for range 100 {
+		inFlight.Go(func() {
+			if a := p.ask("GET /slow_query", ""); a.status != 200 {
+				t.Errorf("/slow_query: status = %d, want 200; error %v", a.status, a.err)
+			}
+		})
+	}
+	if !waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 4*time.Second) {
+		t.Error("the load did not start")
+	}
+	for range 16 {
+		late.Go(func() {
+			for {
+				a := p.ask("POST /users", aBody)
+				if a.status == 503 && a.header.Get("Retry-After") != "" && strings.Contains(a.body, "draining") {
+					return
+				}
+				if a.status != 201 {
+					t.Errorf("POST /users: status = %d, want 201, or 503 when draining; error %v", a.status, a.err)
+					return
+				}
+			}
+		})
+	}
+	waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 101 }, time.Second) // some of the others, too
+	p.Process.Signal(syscall.SIGTERM)
+	late.Wait()
+	if a := p.ask("GET /health", ""); a.status != 503 || !strings.Contains(a.body, `"status":"draining"`) {
+		t.Errorf("/health: status = %d, body %s, want 503 draining", a.status, a.body)
+	}
+	inFlight.Wait()
+	p.wantExit(t, 0, 15*time.Second)
 }
 
 func TestSecondSignalEndsAtOnce(t *testing.T) {
@@ -1661,6 +1857,353 @@ func TestDriverSettings(t *testing.T) {
 	if cfg.Consistency != gocql.Quorum || cfg.SerialConsistency != gocql.LocalSerial || cfg.RetryPolicy != nil {
 		t.Errorf("consistency %s, %s, retries %v", cfg.Consistency, cfg.SerialConsistency, cfg.RetryPolicy)
 	}
+}
+
+func TestSettingsOfACluster(t *testing.T) {
+	const warning = `no node is in CASSANDRA_DATACENTER, taking any" datacenter=nowhere`
+	tests := []struct {
+		setting string
+		healthy bool
+		log     string
+	}{
+		{"CASSANDRA_DATACENTER=datacenter1", true, ""},
+		{"CASSANDRA_DATACENTER=nowhere", true, warning},
+		{"CASSANDRA_CONSISTENCY=ONE", true, ""},
+		{"CASSANDRA_CONSISTENCY=TWO", false, "Cannot achieve consistency level TWO"},
+		{"CASSANDRA_REPLICATION=datacenter1:1", true, ""},
+		{"CASSANDRA_REPLICATION=3", false, "Cannot achieve consistency level LOCAL_QUORUM"},
+		{"CASSANDRA_REPLICATION=nowhere:1", false, "Unrecognized strategy option {nowhere}"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.setting, func(t *testing.T) {
+			t.Parallel()
+			p := startService(t, tt.setting)
+			if tt.healthy {
+				p.awaitHealthy(t, 30*time.Second)
+			}
+			if !waitUntil(func() bool {
+				a := p.ask("POST /users", aBody)
+				return a.status == 503 && !tt.healthy || a.status == 201
+			}, 10*time.Second) {
+				t.Error("neither 201 nor 503")
+			}
+			if !waitUntil(func() bool { p.ask("GET /users", ""); return strings.Contains(p.log.String(), tt.log) }, 20*time.Second) {
+				t.Errorf("no %q in the log", tt.log)
+			}
+			if h := p.ask("GET /health", ""); (h.status == 200) != tt.healthy {
+				t.Errorf("/health: status = %d, want healthy: %t", h.status, tt.healthy)
+			}
+			if tt.log != warning && strings.Contains(p.log.String(), "CASSANDRA_DATACENTER") {
+				t.Errorf("a warning of the data centre:\n%s", p.log)
+			}
+		})
+	}
+}
+
+// selfSigned returns a certificate for 127.0.0.1 that is its own CA, and the
+// file that it is in.
+func selfSigned(t testing.TB) (tls.Certificate, string) {
+	t.Helper()
+	public, private, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(nil, template, template, public, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private}, file
+}
+
+func TestTLSIsVerified(t *testing.T) {
+	certificate, ca := selfSigned(t)
+	_, otherCA := selfSigned(t)
+	proxy := startProxy(t, tls.NewListener(listen(t, anyPort), &tls.Config{Certificates: []tls.Certificate{certificate}}))
+	startHealthy(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+ca)...)
+	startService(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+otherCA)...).awaitRefusal(t, "certificate signed by unknown authority")
+}
+
+func TestOutageIsLoggedOnce(t *testing.T) {
+	p := startService(t, cassandraAt(closedAddress(t))...)
+	if !waitUntil(func() bool { return p.metrics(t).CassandraConnections.Failed > 4 }, logInterval*4/5) {
+		t.Error("the service does not try on")
+	}
+	for _, line := range []string{"cannot connect to Cassandra, trying on", "driver: "} {
+		if n := strings.Count(p.log.String(), line); n != 1 {
+			t.Errorf("%d lines of %q, want 1", n, line)
+		}
+	}
+}
+
+func TestOverloadIsNoOutage(t *testing.T) {
+	closed, err := createSession(t.Context(), global.cluster.config(&countingDialer{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	late := &session{Session: closed} // no ping will be answered here
+	counters.lastAnswer.Store(time.Now().UnixNano())
+	if !answers(t.Context(), late) {
+		t.Error("an answer to others does not count")
+	}
+	counters.lastAnswer.Store(time.Now().Add(-deadAfter).UnixNano())
+	if answers(t.Context(), late) {
+		t.Error("an answer to others counts for ever")
+	}
+}
+
+func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
+	p, proxy := startBehindProxy(t)
+	proxy.swallow(true)
+	var health sync.WaitGroup
+	health.Go(func() {
+		if a := p.ask("GET /health", ""); a.status != 503 || a.took > 3*healthTimeout {
+			t.Errorf("/health: status = %d after %s, want 503 after %s", a.status, a.took, healthTimeout)
+		}
+	})
+	askEverything(p, func(request string, a answer) {
+		if a.status != 504 || !strings.Contains(a.body, `"detail":"timeout`) || a.took < 500*time.Millisecond || a.took > 1500*time.Millisecond {
+			t.Errorf("%s: status = %d after %s, want 504 after 0.5 s; body %s, error %v", request, a.status, a.took, a.body, a.err)
+		}
+	}, "X-Request-Timeout: 0.5")
+	if a := p.ask("GET /health", "", "X-Request-Timeout: 0.1"); a.status != 503 || a.took > 300*time.Millisecond {
+		t.Errorf("/health with 0.1 s: status = %d after %s, want 503", a.status, a.took)
+	}
+	for _, path := range []string{"/", "/metrics"} {
+		if a := p.ask("GET "+path, ""); a.status != 200 || a.took > 300*time.Millisecond {
+			t.Errorf("%s: status = %d after %s, want 200 at once", path, a.status, a.took)
+		}
+	}
+	health.Wait()
+	if m := p.metrics(t); m.RequestsInFlight != 1 || m.StreamsActive != 0 {
+		t.Errorf("in flight = %d, streams = %d, want none but this request", m.RequestsInFlight, m.StreamsActive)
+	}
+	proxy.swallow(false)
+	p.awaitHealthy(t, 15*time.Second)
+}
+
+// outage has a service's only Cassandra fail, and checks how quickly that is
+// noticed, and how quickly its end is.
+func outage(t *testing.T, p *process, fail, mend func()) {
+	t.Helper()
+	fail()
+	start := time.Now()
+	if !waitUntil(func() bool { return p.ask("GET /health", "").status == 503 }, 9*time.Second) {
+		t.Error("still healthy after 9 s")
+	}
+	t.Logf("unhealthy after %s", time.Since(start).Round(time.Millisecond))
+	mend()
+	start = time.Now()
+	p.awaitHealthy(t, 15*time.Second)
+	t.Logf("healthy %s after Cassandra answered", time.Since(start).Round(time.Millisecond))
+	if p.hasExited() {
+		t.Fatal("the service has exited")
+	}
+}
+
+func TestFrozenConnectionsAreReplaced(t *testing.T) {
+	p, proxy := startBehindProxy(t)
+	outage(t, p, proxy.freeze, func() {}) // which the driver alone ends after 96 s
+	if a := p.ask("GET /context_manager_safety/status", ""); !strings.Contains(a.body, `"session_id":"2"`) {
+		t.Errorf("the session was not replaced once: %s", a.body)
+	}
+}
+
+// gone is the age of a user that is not there.
+const gone = -1
+
+// load is steady: each of its clients creates, reads, changes and deletes
+// users of its own, one after another, and notes what the answers allow to be
+// there afterwards.
+type load struct {
+	p       *process
+	ctx     context.Context
+	stop    context.CancelFunc
+	clients sync.WaitGroup
+	mu      sync.Mutex
+	answers map[int]int             // by status; 0 is none
+	failed  time.Time               // the last request that did
+	users   map[string]map[int]bool // by name, the ages that it may have
+	faults  []string
+}
+
+func startLoad(p *process, clients int) *load {
+	l := &load{p: p, answers: map[int]int{}, users: map[string]map[int]bool{}}
+	l.ctx, l.stop = context.WithCancel(context.Background())
+	for n := range clients {
+		l.clients.Go(func() {
+			for i := 0; l.ctx.Err() == nil; i++ {
+				l.live(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
+				pause(l.ctx, 20*time.Millisecond)
+			}
+		})
+	}
+	return l
+}
+
+// live is the life of a user, up to the first request that fails.
+func (l *load) live(name string, dies bool) {
+	may := map[int]bool{gone: true}
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.users[name] = may
+	}()
+	fields := func(age int) string { return fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age) }
+	var u userJSON
+	a := l.send(may, "POST /users", fields(1), 201, 1)
+	if a.status != 201 || json.Unmarshal([]byte(a.body), &u) != nil {
+		return
+	}
+	for _, step := range lives[dies] {
+		a := l.send(may, step.method+" /users/"+u.ID, fields(2), step.want, step.age)
+		if a.status != step.want {
+			return
+		}
+		if step.want == 200 && !strings.Contains(a.body, `"age":2,`) {
+			l.fault("%s %s answered %s", step.method, name, a.body)
+		}
+	}
+}
+
+// lives are what follows at once on POST: a life, or a death.
+var lives = map[bool][]struct {
+	method    string
+	age, want int
+}{
+	false: {{"PUT", 2, 200}, {"GET", 2, 200}},
+	true:  {{"DELETE", gone, 204}, {"GET", gone, 404}},
+}
+
+// send asks, and takes down what the answer means for a user: done, surely not
+// done (503), or perhaps (504).
+func (l *load) send(may map[int]bool, request, body string, want, age int) answer {
+	a := l.p.ask(request, body)
+	isChange := !strings.HasPrefix(request, "GET ")
+	switch {
+	case a.err != nil:
+		l.fault("%s got no answer: %v", request, a.err)
+		may[age] = true
+	case a.status == want && isChange:
+		clear(may)
+		may[age] = true
+	case a.status == 504 && isChange:
+		may[age] = true
+	case a.status != want && a.status != 503 && a.status != 504:
+		l.fault("%s: status = %d, want %d: %s", request, a.status, want, a.body)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.answers[a.status]++
+	if a.status != want {
+		l.failed = time.Now()
+	}
+	return a
+}
+
+func (l *load) fault(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.faults = append(l.faults, fmt.Sprintf(format, args...))
+}
+
+// stream has one more client read 300 users that nobody changes, again and
+// again: what looks whole has to be.
+func (l *load) stream(t testing.TB) {
+	const elders = 300
+	user := `{"name":"elder","email":"ada@example.com","age":150}`
+	for range elders / maxBatch {
+		if a := l.p.ask("POST /users/batch", "["+strings.Repeat(user+",", maxBatch-1)+user+"]"); a.status != 201 {
+			t.Fatalf("batch: status = %d, error %v", a.status, a.err)
+		}
+	}
+	whole := 0
+	l.clients.Go(func() {
+		for ; l.ctx.Err() == nil; pause(l.ctx, 20*time.Millisecond) {
+			a := l.p.ask("GET /users/stream?age_filter=150&fetch_size=10", "")
+			if n := strings.Count(a.body, `"id"`); a.err == nil && a.status == 200 && n != elders {
+				l.fault("a stream looks whole with %d of %d users", n, elders)
+			} else if n == elders {
+				whole++
+			}
+		}
+		t.Logf("%d whole streams", whole)
+	})
+}
+
+// created is how many users were.
+func (l *load) created() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.answers[201]
+}
+
+// lastFailure is when a request failed last.
+func (l *load) lastFailure() time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.failed
+}
+
+// check ends the load and compares what is there with what may be.
+func (l *load) check(t testing.TB) {
+	t.Helper()
+	l.stop()
+	l.clients.Wait()
+	a := l.p.ask("GET /users/stream", "", "Accept: "+ndjson, "X-Request-Timeout: 60")
+	if a.err != nil || a.status != 200 {
+		t.Fatalf("reading all users: status = %d, error %v", a.status, a.err)
+	}
+	there := map[string]int{}
+	for line := range strings.Lines(a.body) {
+		var u userJSON
+		if err := json.Unmarshal([]byte(line), &u); err != nil || u.ID == "" {
+			t.Fatalf("line %q: %v", line, err)
+		}
+		there[u.Name] = u.Age
+	}
+	for name, may := range l.users {
+		age, ok := there[name]
+		if !ok {
+			age = gone
+		}
+		if !may[age] {
+			l.fault("%s has age %d, may have %v (%d: gone)", name, age, may, gone)
+		}
+	}
+	t.Logf("answers by status: %v; %d users there of %d", l.answers, len(there), len(l.users))
+	if len(l.users) == 0 || len(l.faults) > 0 {
+		t.Errorf("%d users, %d faults, of them: %s", len(l.users), len(l.faults), strings.Join(l.faults[:min(5, len(l.faults))], "\n"))
+	}
+}
+
+func TestCutConnectionsLoseNothing(t *testing.T) {
+	p, proxy := startBehindProxy(t)
+	l := startLoad(p, 8)
+	l.clients.Go(func() { // a cut is no verdict about the session
+		for i := 0; l.ctx.Err() == nil; i++ {
+			name := selfTests[i%len(selfTests)]
+			if a := p.ask("POST /context_manager_safety/"+name, ""); a.status < 500 && (a.status != 200 || falseVerdict.MatchString(a.body)) || a.status == 500 {
+				t.Errorf("%s: status = %d, body %s, error %v", name, a.status, a.body, a.err)
+			}
+		}
+	})
+	for range 12 {
+		before := l.created()
+		proxy.cut()
+		if !waitUntil(func() bool { return l.created() > before+20 }, 15*time.Second) {
+			t.Fatal("nothing was written after a cut")
+		}
+	}
+	l.check(t)
 }
 
 // Tests of users.go.
@@ -2009,20 +2552,6 @@ func TestMissingAndDeletedUsers(t *testing.T) {
 			}
 		})
 	}
-}
-
-// atOnce calls do for 0 to n-1, at most 32 of them at a time.
-func atOnce(n int, do func(i int)) {
-	var running sync.WaitGroup
-	turns := make(chan struct{}, 32)
-	for i := range n {
-		turns <- struct{}{}
-		running.Go(func() {
-			defer func() { <-turns }()
-			do(i)
-		})
-	}
-	running.Wait()
 }
 
 // lostChanges makes n users by create, changes each of them at once, by PUT,
@@ -2534,19 +3063,6 @@ func TestStreamThatFailsBeforeItsFirstPage(t *testing.T) {
 	}
 }
 
-// openReader sends a GET and reads n bytes of the answer, with a small buffer:
-// what it leaves the service has to keep.
-func openReader(t testing.TB, url, target string, n int64) net.Conn {
-	t.Helper()
-	conn := dial(t, url)
-	conn.SetReadBuffer(4 << 10)
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n", target)
-	if _, err := io.CopyN(io.Discard, conn, n); err != nil {
-		t.Fatal(err)
-	}
-	return conn
-}
-
 func TestStreamsLeaveNothingBehind(t *testing.T) {
 	useCrowd(t)
 	url := serve(t, service)
@@ -2767,271 +3283,6 @@ func FuzzUserRow(f *testing.F) {
 	})
 }
 
-// peakMemory is the most memory in bytes that the process ever had resident.
-func (p *process) peakMemory(t testing.TB) int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
-	if err != nil {
-		t.Skip("needs Linux's /proc:", err)
-	}
-	_, peak, _ := strings.Cut(string(status), "VmHWM:")
-	peak, _, _ = strings.Cut(peak, "kB")
-	kilobytes, _ := strconv.Atoi(strings.TrimSpace(peak))
-	return kilobytes << 10
-}
-
-// readSlowly reads until the end, or for as long as it may, at most rate bytes
-// a second, and returns how many came.
-func readSlowly(r io.Reader, rate int, atMost time.Duration) (n int64, err error) {
-	for start := time.Now(); time.Since(start) < atMost && err == nil; time.Sleep(time.Duration(n)*time.Second/time.Duration(rate) - time.Since(start)) {
-		var more int64
-		more, err = io.CopyN(io.Discard, r, int64(rate/10))
-		n += more
-	}
-	return n, err
-}
-
-// One million users, 260 MB of JSON: resident memory is bounded by fetch_size.
-// A fresh process for each reading, built without the race detector.
-func TestMemoryIsBounded(t *testing.T) {
-	needsLong(t)
-	binary := filepath.Join(t.TempDir(), "service")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	keyspace := useMillions(t, 1_000_000, func(i int) int { return i % 100 })
-	const fullSpeed = math.MaxInt32
-	tests := []struct {
-		name                 string
-		streams, users, rate int
-		limit                int // MB
-	}{
-		{"100 000 users", 1, 100_000, fullSpeed, 40},
-		{"a million users", 1, 1_000_000, fullSpeed, 40},
-		{"a minute of a million users at 1 MB/s", 1, 1_000_000, 1 << 20, 40},
-		{"20 at once", 20, 250_000, fullSpeed, 150},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			p := startProcess(t, exec.Command(binary), "CASSANDRA_KEYSPACE="+keyspace)
-			p.awaitHealthy(t, 15*time.Second)
-			start := time.Now()
-			var readers sync.WaitGroup
-			for range tt.streams {
-				readers.Go(func() { readStream(t, p, tt.users, tt.rate) })
-			}
-			readers.Wait()
-			peak := float64(p.peakMemory(t)) / (1 << 20)
-			t.Logf("at most %.1f MB resident, in %.1f s", peak, time.Since(start).Seconds())
-			if peak > float64(tt.limit) {
-				t.Errorf("%.1f MB resident, want at most %d", peak, tt.limit)
-			}
-		})
-	}
-}
-
-// readStream reads so many users to the end, or for a minute where a rate of
-// bytes a second would take longer.
-func readStream(t *testing.T, p *process, users, rate int) {
-	answer, err := http.Get(fmt.Sprintf("%s/users/stream?fetch_size=1000&limit=%d", p.url, users))
-	if err != nil {
-		t.Error(err)
-		return
-	}
-	defer answer.Body.Close()
-	atMost := 10 * time.Minute
-	if users*250/rate > 60 {
-		atMost = time.Minute
-	}
-	if n, err := readSlowly(answer.Body, rate, atMost); n < 20_000_000 || err != io.EOF && atMost > time.Minute {
-		t.Errorf("%d bytes, %v", n, err)
-	}
-}
-
-func TestSlowReaders(t *testing.T) {
-	needsLong(t)
-	useCrowd(t)
-	url := serve(t, service)
-	var readers sync.WaitGroup
-	for _, target := range []string{"/users/stream?fetch_size=5000&limit=5000", "/users/stream/pages?fetch_size=5000"} {
-		readers.Go(func() { // at 20 kB/s this takes more than a minute
-			whole := len(call(t, "GET "+target, "").body)
-			conn := openReader(t, url, target, 1)
-			conn.SetReadDeadline(time.Now().Add(5 * time.Minute))
-			fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") // so that the connection ends
-			if n, err := readSlowly(conn, 20_000, 5*time.Minute); int(n) < whole || err != io.EOF {
-				t.Errorf("%s: %d bytes of at least %d, %v", target, n, whole, err)
-			}
-		})
-	}
-	readers.Wait()
-	start := time.Now()
-	openReader(t, url, "/users/stream", 1)
-	cut := waitUntil(func() bool { return counters.streams.Load() == 0 && counters.scans.Load() == 0 }, 3*writeTimeout)
-	if took := time.Since(start); !cut || took < writeTimeout/2 {
-		t.Errorf("a reader that takes nothing is cut: %t, after %s, want about %s", cut, took, writeTimeout)
-	}
-}
-
-// useMillions makes the handler in process serve n users in a keyspace of their
-// own. Without the commit log they are written several times as fast.
-func useMillions(t testing.TB, n int, age func(i int) int) (keyspace string) {
-	t.Helper()
-	keyspace = newKeyspace(t)
-	useKeyspace(t, keyspace)
-	db := openKeyspace(t, global.cluster)
-	if err := db.Query(`ALTER KEYSPACE "` + keyspace + `" WITH durable_writes = false`).Exec(); err != nil {
-		t.Fatal(err)
-	}
-	insertUsers(t, db, n, age)
-	return keyspace
-}
-
-// Of five million users none, or ten, are that old: Cassandra alone would run
-// into its timeout looking for them.
-func TestFilterOverFiveMillionUsers(t *testing.T) {
-	needsLong(t)
-	useMillions(t, 5_000_000, func(i int) int {
-		if i%500_000 == 0 {
-			return 120
-		}
-		return 20 + i%10
-	})
-	url := serve(t, service)
-	for age, want := range map[int]int{120: 10, 121: 0} {
-		wantFilteredStream(t, url, age, want)
-		wantFilteredPages(t, age, want)
-	}
-}
-
-func wantFilteredStream(t *testing.T, url string, age, want int) {
-	t.Helper()
-	start := time.Now()
-	answer, err := http.Get(fmt.Sprintf("%s/users/stream?age_filter=%d", url, age))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer answer.Body.Close()
-	first := time.Since(start)
-	var users []userJSON
-	err = json.NewDecoder(answer.Body).Decode(&users)
-	if err != nil || len(users) != want || first > 3*sliceTime {
-		t.Errorf("age_filter=%d: %d users, want %d; %v; the status after %s", age, len(users), want, err, first)
-	}
-	t.Logf("age_filter=%d: the status after %s, all of the stream after %s", age, first, time.Since(start))
-}
-
-func wantFilteredPages(t *testing.T, age, want int) {
-	t.Helper()
-	var slowest time.Duration
-	users, pages := 0, 0
-	for query, more := fmt.Sprintf("age_filter=%d", age), true; more; pages++ {
-		start := time.Now()
-		p := decode[pageJSON](t, call(t, "GET /users/stream/pages?"+query, ""), 200)
-		slowest = max(slowest, time.Since(start))
-		if users, more = users+len(p.Users), p.HasMore; more {
-			query = "page_state=" + *p.PageState
-		}
-	}
-	if users != want || slowest > 3*pageTime {
-		t.Errorf("age_filter=%d: %d users in %d pages, want %d; the slowest took %s", age, users, pages, want, slowest)
-	}
-	t.Logf("age_filter=%d: %d pages, the slowest took %s", age, pages, slowest)
-}
-
-// open returns a session to the node.
-func (n *node) open(t testing.TB, keyspace string) *gocql.Session {
-	t.Helper()
-	c := global.cluster
-	c.keyspace = keyspace
-	host, port, _ := net.SplitHostPort(n.addr)
-	c.hosts = []string{host}
-	c.port, _ = strconv.Atoi(port)
-	return openKeyspace(t, c)
-}
-
-func TestStreamWhoseNodeIsKilled(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-restart", "1s")
-	const keyspace, users = "killed", 60_000
-	insertUsers(t, n.open(t, keyspace), users, func(i int) int { return i % 100 })
-	p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_KEYSPACE="+keyspace)...)
-	for _, accept := range []string{"application/json", ndjson} {
-		p.awaitHealthy(t, 3*time.Minute)
-		curl, file := streamByCurl(t, p.url+"/users/stream", "--header", "Accept: "+accept, "--limit-rate", "500k")
-		n.signal(t, 0, syscall.SIGKILL)
-		wantCut(t, curl, file, accept == ndjson)
-		p.awaitHealthy(t, 3*time.Minute)
-		if got := len(decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200)); got != users {
-			t.Errorf("%d users after the restart, want %d", got, users)
-		}
-	}
-}
-
-// Batches are sent all the time while their node is killed 20 times. In the end
-// each is there whole or not at all, as its answer said.
-func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-restart", "1s")
-	const keyspace = "batches"
-	db := n.open(t, keyspace)
-	p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_KEYSPACE="+keyspace)...)
-	var mu sync.Mutex
-	answers := map[string]int{} // status by the name of all users of the batch
-	for try := range 20 {
-		p.awaitHealthy(t, 3*time.Minute)
-		created := make(chan bool, 1000)
-		var senders sync.WaitGroup
-		for sender := range 4 {
-			senders.Go(func() {
-				for i, status := 0, 201; status == 201; i++ {
-					name := fmt.Sprintf("%d-%d-%d", try, sender, i)
-					status = p.ask("POST /users/batch", batchOf(maxBatch, func(int) (string, string) { return name, "a@example.com" })).status
-					mu.Lock()
-					answers[name] = status
-					mu.Unlock()
-					created <- status == 201
-				}
-			})
-		}
-		<-created
-		time.Sleep(time.Duration(rand.IntN(100)) * time.Millisecond) // any moment will do
-		n.signal(t, 0, syscall.SIGKILL)
-		senders.Wait()
-	}
-	p.awaitHealthy(t, 3*time.Minute)
-	replayed := func() bool {
-		var left int
-		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
-	}
-	if !waitUntil(replayed, 3*time.Minute) {
-		t.Fatal("the batchlog is not empty after three minutes")
-	}
-	wantWholeBatches(t, answers, decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200))
-}
-
-// wantWholeBatches fails unless the users are whole batches, as the answers said.
-func wantWholeBatches(t *testing.T, answers map[string]int, users []userJSON) {
-	t.Helper()
-	written, outcomes := map[string]int{}, map[string]int{}
-	for _, u := range users {
-		written[u.Name]++
-	}
-	for name, status := range answers {
-		switch n := written[name]; {
-		case status == 0:
-			t.Errorf("batch %s got no answer", name)
-		case n != 0 && n != maxBatch:
-			t.Errorf("batch %s, answered %d: %d users, want all or none", name, status, n)
-		case status == 201 && n == 0, status == 503 && n != 0:
-			t.Errorf("batch %s, answered %d: %d users", name, status, n)
-		default:
-			outcomes[fmt.Sprintf("%d with %d users", status, n)]++
-		}
-	}
-	t.Logf("answers: %v", outcomes)
-}
-
 // Tests of safety.go.
 
 func TestSelfTests(t *testing.T) {
@@ -3067,8 +3318,6 @@ func TestSelfTests(t *testing.T) {
 		})
 	}
 }
-
-var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
 
 // falseVerdict finds a member of a self-test's answer that should be true.
 var falseVerdict = regexp.MustCompile(`"\w+":false`)
@@ -3262,6 +3511,41 @@ func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
+	p := startHealthy(t)
+	median := func() time.Duration {
+		times := make([]time.Duration, 100)
+		for i := range times {
+			a := p.ask("GET "+nobody, "")
+			if times[i] = a.took; a.status != 404 {
+				t.Fatalf("GET of a user: status = %d, error %v", a.status, a.err)
+			}
+		}
+		slices.Sort(times)
+		return times[50]
+	}
+	before := median()
+	var slow sync.WaitGroup
+	for range 100 {
+		slow.Go(func() {
+			a := p.ask("GET /slow_query", "", "X-Request-Timeout: 20")
+			if a.status != 200 || !regexp.MustCompile(`^\{"message":"Slow query completed","duration":5\.\d+\}\n$`).MatchString(a.body) {
+				t.Errorf("with 20 s: status = %d, body %s, error %v", a.status, a.body, a.err)
+			}
+		})
+	}
+	waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 3*time.Second)
+	for _, path := range []string{"/slow_query", "/long_running_query"} {
+		if a := p.ask("GET "+path, "", "X-Request-Timeout: 0.1"); a.status != 504 || !strings.Contains(a.body, "timeout") || a.took < 100*time.Millisecond || a.took > 300*time.Millisecond {
+			t.Errorf("%s with 0.1 s: status = %d after %s, body %s", path, a.status, a.took, a.body)
+		}
+	}
+	if beside := median(); beside > 3*before+5*time.Millisecond {
+		t.Errorf("a GET takes %s beside slow queries, %s without", beside, before)
+	}
+	slow.Wait()
 }
 
 // Tests of metrics.go.
@@ -3802,739 +4086,6 @@ func TestDocsPageLoadsNothingFromElsewhere(t *testing.T) {
 	}
 }
 
-// Tests of outages, overload and drain.
-
-// metrics returns what the service counts.
-func (p *process) metrics(t testing.TB) metrics {
-	t.Helper()
-	return decode[metrics](t, p.ask("GET /metrics", ""), 200)
-}
-
-// awaitQuiet waits until nothing is left of the requests before: as much is
-// open and running as in m.
-func (p *process) awaitQuiet(t testing.TB, m metrics) {
-	t.Helper()
-	var now metrics
-	quiet := func() bool {
-		client.CloseIdleConnections()
-		now = p.metrics(t)
-		return now.RequestsInFlight == 1 && now.StreamsActive == 0 && now.Goroutines <= m.Goroutines+4 && now.ActiveConnections <= m.ActiveConnections
-	}
-	if !waitUntil(quiet, 20*time.Second) {
-		t.Errorf("in flight = %d, streams = %d, goroutines = %d, connections = %d; before: %d goroutines, %d connections", now.RequestsInFlight, now.StreamsActive, now.Goroutines, now.ActiveConnections, m.Goroutines, m.ActiveConnections)
-	}
-}
-
-const nobody = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
-
-// askEverything sends one request to each endpoint that needs Cassandra, all at
-// once, and has each answer checked.
-func askEverything(p *process, check func(request string, a answer), headers ...string) {
-	requests := map[string]string{
-		"POST /users": aBody, "GET /users": "", "POST /users/batch": "[" + aBody + "]",
-		"GET /users/stream": "", "GET /users/stream?age_filter=30": "", "GET /users/stream/pages": "",
-		"GET " + nobody: "", "PUT " + nobody: aBody, "PATCH " + nobody: aBody, "DELETE " + nobody: "",
-		"GET /performance/async": "", "GET /performance/sync": "", "GET /slow_query": "", "GET /long_running_query": "",
-		"GET /context_manager_safety/status": "",
-	}
-	for _, name := range selfTests {
-		requests["POST /context_manager_safety/"+name] = ""
-	}
-	var asking sync.WaitGroup
-	for request, body := range requests {
-		asking.Go(func() {
-			check(request, p.ask(request, body, headers...))
-		})
-	}
-	asking.Wait()
-}
-
-func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
-	p := startHealthy(t)
-	median := func() time.Duration {
-		times := make([]time.Duration, 100)
-		for i := range times {
-			a := p.ask("GET "+nobody, "")
-			if times[i] = a.took; a.status != 404 {
-				t.Fatalf("GET of a user: status = %d, error %v", a.status, a.err)
-			}
-		}
-		slices.Sort(times)
-		return times[50]
-	}
-	before := median()
-	var slow sync.WaitGroup
-	for range 100 {
-		slow.Go(func() {
-			a := p.ask("GET /slow_query", "", "X-Request-Timeout: 20")
-			if a.status != 200 || !regexp.MustCompile(`^\{"message":"Slow query completed","duration":5\.\d+\}\n$`).MatchString(a.body) {
-				t.Errorf("with 20 s: status = %d, body %s, error %v", a.status, a.body, a.err)
-			}
-		})
-	}
-	waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 3*time.Second)
-	for _, path := range []string{"/slow_query", "/long_running_query"} {
-		if a := p.ask("GET "+path, "", "X-Request-Timeout: 0.1"); a.status != 504 || !strings.Contains(a.body, "timeout") || a.took < 100*time.Millisecond || a.took > 300*time.Millisecond {
-			t.Errorf("%s with 0.1 s: status = %d after %s, body %s", path, a.status, a.took, a.body)
-		}
-	}
-	if beside := median(); beside > 3*before+5*time.Millisecond {
-		t.Errorf("a GET takes %s beside slow queries, %s without", beside, before)
-	}
-	slow.Wait()
-}
-
-func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
-	p, proxy := startBehindProxy(t)
-	proxy.swallow(true)
-	var health sync.WaitGroup
-	health.Go(func() {
-		if a := p.ask("GET /health", ""); a.status != 503 || a.took > 3*healthTimeout {
-			t.Errorf("/health: status = %d after %s, want 503 after %s", a.status, a.took, healthTimeout)
-		}
-	})
-	askEverything(p, func(request string, a answer) {
-		if a.status != 504 || !strings.Contains(a.body, `"detail":"timeout`) || a.took < 500*time.Millisecond || a.took > 1500*time.Millisecond {
-			t.Errorf("%s: status = %d after %s, want 504 after 0.5 s; body %s, error %v", request, a.status, a.took, a.body, a.err)
-		}
-	}, "X-Request-Timeout: 0.5")
-	if a := p.ask("GET /health", "", "X-Request-Timeout: 0.1"); a.status != 503 || a.took > 300*time.Millisecond {
-		t.Errorf("/health with 0.1 s: status = %d after %s, want 503", a.status, a.took)
-	}
-	for _, path := range []string{"/", "/metrics"} {
-		if a := p.ask("GET "+path, ""); a.status != 200 || a.took > 300*time.Millisecond {
-			t.Errorf("%s: status = %d after %s, want 200 at once", path, a.status, a.took)
-		}
-	}
-	health.Wait()
-	if m := p.metrics(t); m.RequestsInFlight != 1 || m.StreamsActive != 0 {
-		t.Errorf("in flight = %d, streams = %d, want none but this request", m.RequestsInFlight, m.StreamsActive)
-	}
-	proxy.swallow(false)
-	p.awaitHealthy(t, 15*time.Second)
-}
-
-func TestSilentCassandraLeavesNothingBehind(t *testing.T) {
-	needsLong(t)
-	p, proxy := startBehindProxy(t)
-	before := p.metrics(t)
-	proxy.swallow(true)
-	askEverything(p, func(request string, a answer) {
-		if a.status != 504 || a.took > defaultTimeout+time.Second {
-			t.Errorf("%s: status = %d after %s, want 504 within %s; error %v", request, a.status, a.took, defaultTimeout, a.err)
-		}
-	})
-	proxy.swallow(false)
-	p.awaitHealthy(t, 15*time.Second)
-	p.awaitQuiet(t, before)
-}
-
-func TestOutageIsLoggedOnce(t *testing.T) {
-	p := startService(t, cassandraAt(closedAddress(t))...)
-	if !waitUntil(func() bool { return p.metrics(t).CassandraConnections.Failed > 4 }, logInterval*4/5) {
-		t.Error("the service does not try on")
-	}
-	for _, line := range []string{"cannot connect to Cassandra, trying on", "driver: "} {
-		if n := strings.Count(p.log.String(), line); n != 1 {
-			t.Errorf("%d lines of %q, want 1", n, line)
-		}
-	}
-}
-
-func TestOverloadIsNoOutage(t *testing.T) {
-	closed, err := createSession(t.Context(), global.cluster.config(&countingDialer{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed.Close()
-	late := &session{Session: closed} // no ping will be answered here
-	counters.lastAnswer.Store(time.Now().UnixNano())
-	if !answers(t.Context(), late) {
-		t.Error("an answer to others does not count")
-	}
-	counters.lastAnswer.Store(time.Now().Add(-deadAfter).UnixNano())
-	if answers(t.Context(), late) {
-		t.Error("an answer to others counts for ever")
-	}
-}
-
-func TestFrozenConnectionsAreReplaced(t *testing.T) {
-	p, proxy := startBehindProxy(t)
-	outage(t, p, proxy.freeze, func() {}) // which the driver alone ends after 96 s
-	if a := p.ask("GET /context_manager_safety/status", ""); !strings.Contains(a.body, `"session_id":"2"`) {
-		t.Errorf("the session was not replaced once: %s", a.body)
-	}
-}
-
-// gone is the age of a user that is not there.
-const gone = -1
-
-// load is steady: each of its clients creates, reads, changes and deletes
-// users of its own, one after another, and notes what the answers allow to be
-// there afterwards.
-type load struct {
-	p       *process
-	ctx     context.Context
-	stop    context.CancelFunc
-	clients sync.WaitGroup
-	mu      sync.Mutex
-	answers map[int]int             // by status; 0 is none
-	failed  time.Time               // the last request that did
-	users   map[string]map[int]bool // by name, the ages that it may have
-	faults  []string
-}
-
-func startLoad(p *process, clients int) *load {
-	l := &load{p: p, answers: map[int]int{}, users: map[string]map[int]bool{}}
-	l.ctx, l.stop = context.WithCancel(context.Background())
-	for n := range clients {
-		l.clients.Go(func() {
-			for i := 0; l.ctx.Err() == nil; i++ {
-				l.live(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
-				pause(l.ctx, 20*time.Millisecond)
-			}
-		})
-	}
-	return l
-}
-
-// live is the life of a user, up to the first request that fails.
-func (l *load) live(name string, dies bool) {
-	may := map[int]bool{gone: true}
-	defer func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.users[name] = may
-	}()
-	fields := func(age int) string { return fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age) }
-	var u userJSON
-	a := l.send(may, "POST /users", fields(1), 201, 1)
-	if a.status != 201 || json.Unmarshal([]byte(a.body), &u) != nil {
-		return
-	}
-	for _, step := range lives[dies] {
-		a := l.send(may, step.method+" /users/"+u.ID, fields(2), step.want, step.age)
-		if a.status != step.want {
-			return
-		}
-		if step.want == 200 && !strings.Contains(a.body, `"age":2,`) {
-			l.fault("%s %s answered %s", step.method, name, a.body)
-		}
-	}
-}
-
-// lives are what follows at once on POST: a life, or a death.
-var lives = map[bool][]struct {
-	method    string
-	age, want int
-}{
-	false: {{"PUT", 2, 200}, {"GET", 2, 200}},
-	true:  {{"DELETE", gone, 204}, {"GET", gone, 404}},
-}
-
-// send asks, and takes down what the answer means for a user: done, surely not
-// done (503), or perhaps (504).
-func (l *load) send(may map[int]bool, request, body string, want, age int) answer {
-	a := l.p.ask(request, body)
-	isChange := !strings.HasPrefix(request, "GET ")
-	switch {
-	case a.err != nil:
-		l.fault("%s got no answer: %v", request, a.err)
-		may[age] = true
-	case a.status == want && isChange:
-		clear(may)
-		may[age] = true
-	case a.status == 504 && isChange:
-		may[age] = true
-	case a.status != want && a.status != 503 && a.status != 504:
-		l.fault("%s: status = %d, want %d: %s", request, a.status, want, a.body)
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.answers[a.status]++
-	if a.status != want {
-		l.failed = time.Now()
-	}
-	return a
-}
-
-func (l *load) fault(format string, args ...any) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.faults = append(l.faults, fmt.Sprintf(format, args...))
-}
-
-// stream has one more client read 300 users that nobody changes, again and
-// again: what looks whole has to be.
-func (l *load) stream(t testing.TB) {
-	const elders = 300
-	user := `{"name":"elder","email":"ada@example.com","age":150}`
-	for range elders / maxBatch {
-		if a := l.p.ask("POST /users/batch", "["+strings.Repeat(user+",", maxBatch-1)+user+"]"); a.status != 201 {
-			t.Fatalf("batch: status = %d, error %v", a.status, a.err)
-		}
-	}
-	whole := 0
-	l.clients.Go(func() {
-		for ; l.ctx.Err() == nil; pause(l.ctx, 20*time.Millisecond) {
-			a := l.p.ask("GET /users/stream?age_filter=150&fetch_size=10", "")
-			if n := strings.Count(a.body, `"id"`); a.err == nil && a.status == 200 && n != elders {
-				l.fault("a stream looks whole with %d of %d users", n, elders)
-			} else if n == elders {
-				whole++
-			}
-		}
-		t.Logf("%d whole streams", whole)
-	})
-}
-
-// created is how many users were.
-func (l *load) created() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.answers[201]
-}
-
-// lastFailure is when a request failed last.
-func (l *load) lastFailure() time.Time {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.failed
-}
-
-// check ends the load and compares what is there with what may be.
-func (l *load) check(t testing.TB) {
-	t.Helper()
-	l.stop()
-	l.clients.Wait()
-	a := l.p.ask("GET /users/stream", "", "Accept: "+ndjson, "X-Request-Timeout: 60")
-	if a.err != nil || a.status != 200 {
-		t.Fatalf("reading all users: status = %d, error %v", a.status, a.err)
-	}
-	there := map[string]int{}
-	for line := range strings.Lines(a.body) {
-		var u userJSON
-		if err := json.Unmarshal([]byte(line), &u); err != nil || u.ID == "" {
-			t.Fatalf("line %q: %v", line, err)
-		}
-		there[u.Name] = u.Age
-	}
-	for name, may := range l.users {
-		age, ok := there[name]
-		if !ok {
-			age = gone
-		}
-		if !may[age] {
-			l.fault("%s has age %d, may have %v (%d: gone)", name, age, may, gone)
-		}
-	}
-	t.Logf("answers by status: %v; %d users there of %d", l.answers, len(there), len(l.users))
-	if len(l.users) == 0 || len(l.faults) > 0 {
-		t.Errorf("%d users, %d faults, of them: %s", len(l.users), len(l.faults), strings.Join(l.faults[:min(5, len(l.faults))], "\n"))
-	}
-}
-
-func TestCutConnectionsLoseNothing(t *testing.T) {
-	p, proxy := startBehindProxy(t)
-	l := startLoad(p, 8)
-	l.clients.Go(func() { // a cut is no verdict about the session
-		for i := 0; l.ctx.Err() == nil; i++ {
-			name := selfTests[i%len(selfTests)]
-			if a := p.ask("POST /context_manager_safety/"+name, ""); a.status < 500 && (a.status != 200 || falseVerdict.MatchString(a.body)) || a.status == 500 {
-				t.Errorf("%s: status = %d, body %s, error %v", name, a.status, a.body, a.err)
-			}
-		}
-	})
-	for range 12 {
-		before := l.created()
-		proxy.cut()
-		if !waitUntil(func() bool { return l.created() > before+20 }, 15*time.Second) {
-			t.Fatal("nothing was written after a cut")
-		}
-	}
-	l.check(t)
-}
-
-// selfSigned returns a certificate for 127.0.0.1 that is its own CA, and the
-// file that it is in.
-func selfSigned(t testing.TB) (tls.Certificate, string) {
-	t.Helper()
-	public, private, err := ed25519.GenerateKey(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}
-	der, err := x509.CreateCertificate(nil, template, template, public, private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private}, file
-}
-
-func TestTLSIsVerified(t *testing.T) {
-	certificate, ca := selfSigned(t)
-	_, otherCA := selfSigned(t)
-	proxy := startProxy(t, tls.NewListener(listen(t, anyPort), &tls.Config{Certificates: []tls.Certificate{certificate}}))
-	startHealthy(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+ca)...)
-	startService(t, append(proxy.settings(), "CASSANDRA_TLS_CA="+otherCA)...).awaitRefusal(t, "certificate signed by unknown authority")
-}
-
-// awaitRefusal waits until the log says why the service cannot connect, once,
-// and checks that requests are answered 503.
-func (p *process) awaitRefusal(t testing.TB, why string) {
-	t.Helper()
-	if !waitUntil(func() bool { return strings.Contains(p.log.String(), why) }, 30*time.Second) {
-		t.Fatalf("the log does not say %q", why)
-	}
-	for _, path := range []string{"/health", "/users"} {
-		if a := p.ask("GET "+path, ""); a.status != 503 {
-			t.Errorf("%s: status = %d, want 503", path, a.status)
-		}
-	}
-	line := regexp.MustCompile(`level=WARN msg="cannot connect to Cassandra, trying on" hosts=\[\S+\] port=\d+ error=".*` + regexp.QuoteMeta(why))
-	if !line.MatchString(p.log.String()) {
-		t.Errorf("no line matches %s in\n%s", line, p.log)
-	}
-}
-
-func TestCredentialsAreChecked(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-auth")
-	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")...)
-	for _, tt := range []struct{ name, user, password, why string }{
-		{"a wrong password", "cassandra", "s3cret-typo", "Provided username cassandra and/or password are incorrect"},
-		{"a wrong user", "nobody", "s3cret-typo", "Provided username nobody and/or password are incorrect"},
-		{"none", "", "", "authentication required"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME="+tt.user, "CASSANDRA_PASSWORD="+tt.password)...)
-			p.awaitRefusal(t, tt.why)
-			if strings.Contains(p.log.String(), "s3cret-typo") {
-				t.Error("the log has the password")
-			}
-		})
-	}
-}
-
-func TestSettingsOfACluster(t *testing.T) {
-	const warning = `no node is in CASSANDRA_DATACENTER, taking any" datacenter=nowhere`
-	tests := []struct {
-		setting string
-		healthy bool
-		log     string
-	}{
-		{"CASSANDRA_DATACENTER=datacenter1", true, ""},
-		{"CASSANDRA_DATACENTER=nowhere", true, warning},
-		{"CASSANDRA_CONSISTENCY=ONE", true, ""},
-		{"CASSANDRA_CONSISTENCY=TWO", false, "Cannot achieve consistency level TWO"},
-		{"CASSANDRA_REPLICATION=datacenter1:1", true, ""},
-		{"CASSANDRA_REPLICATION=3", false, "Cannot achieve consistency level LOCAL_QUORUM"},
-		{"CASSANDRA_REPLICATION=nowhere:1", false, "Unrecognized strategy option {nowhere}"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.setting, func(t *testing.T) {
-			t.Parallel()
-			p := startService(t, tt.setting)
-			if tt.healthy {
-				p.awaitHealthy(t, 30*time.Second)
-			}
-			if !waitUntil(func() bool {
-				a := p.ask("POST /users", aBody)
-				return a.status == 503 && !tt.healthy || a.status == 201
-			}, 10*time.Second) {
-				t.Error("neither 201 nor 503")
-			}
-			if !waitUntil(func() bool { p.ask("GET /users", ""); return strings.Contains(p.log.String(), tt.log) }, 20*time.Second) {
-				t.Errorf("no %q in the log", tt.log)
-			}
-			if h := p.ask("GET /health", ""); (h.status == 200) != tt.healthy {
-				t.Errorf("/health: status = %d, want healthy: %t", h.status, tt.healthy)
-			}
-			if tt.log != warning && strings.Contains(p.log.String(), "CASSANDRA_DATACENTER") {
-				t.Errorf("a warning of the data centre:\n%s", p.log)
-			}
-		})
-	}
-}
-
-func TestOverload(t *testing.T) {
-	needsLong(t)
-	p := startHealthy(t)
-	before := p.metrics(t)
-	ctx, stop := context.WithCancel(t.Context())
-	var statuses [600]atomic.Int64
-	var slowest time.Duration // of /health
-	var probes, clients sync.WaitGroup
-	probes.Go(func() {
-		for ; ctx.Err() == nil; pause(ctx, 50*time.Millisecond) {
-			a := p.ask("GET /health", "")
-			if slowest = max(slowest, a.took); a.status != 200 && a.status != 503 {
-				t.Errorf("/health under overload: status = %d, error %v", a.status, a.err)
-			}
-		}
-	})
-	for range 2000 {
-		clients.Go(func() {
-			for range 10 {
-				a := p.ask("POST /users", aBody)
-				statuses[a.status].Add(1)
-				if a.status == 503 && a.header.Get("Retry-After") != "1" {
-					t.Errorf("503 with Retry-After %q", a.header.Get("Retry-After"))
-				}
-			}
-		})
-	}
-	clients.Wait()
-	stop()
-	probes.Wait()
-	created, refused, memory := statuses[201].Load(), statuses[503].Load(), p.metrics(t).MemoryBytes
-	t.Logf("%d answers, %d immediate 503, /health took %s at most, memory %d MB", created, refused, slowest, memory>>20)
-	if created+refused != 20_000 || created < 1000 {
-		t.Errorf("answers = %d, immediate 503 = %d, want 20000 in all", created, refused)
-	}
-	if p.awaitQuiet(t, before); memory > 256<<20 {
-		t.Errorf("memory = %d bytes", memory)
-	}
-}
-
-func TestSlowSendersAreCutOff(t *testing.T) {
-	needsLong(t)
-	p := startHealthy(t)
-	const head = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-	tests := []struct {
-		name, at string // what is sent at once, before a byte a second
-		within   time.Duration
-	}{
-		{"header", head + "X-Slow: ", headerTimeout},
-		{"body", head + "Content-Length: 1000\r\n\r\n", defaultTimeout},
-		{"body with a deadline", head + "X-Request-Timeout: 2\r\nContent-Length: 1000\r\n\r\n", 2 * time.Second},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			var senders sync.WaitGroup
-			for range 1100 {
-				conn := dial(t, p.url)
-				senders.Go(func() { sendSlowly(t, conn, tt.at, 3*tt.within) })
-			}
-			ended := make(chan struct{})
-			go func() { senders.Wait(); close(ended) }()
-			for running := true; running; {
-				if a := p.ask("POST /users", aBody); a.status != 201 || a.took > 5*time.Second {
-					t.Errorf("beside slow senders: status = %d after %s, error %v", a.status, a.took, a.err)
-				}
-				select {
-				case <-ended:
-					running = false
-				case <-time.After(100 * time.Millisecond):
-				}
-			}
-		})
-	}
-}
-
-// sendSlowly sends a byte a second until the service cuts the connection.
-func sendSlowly(t testing.TB, conn net.Conn, at string, within time.Duration) {
-	start := time.Now()
-	io.WriteString(conn, at)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	go func() {
-		for ; ctx.Err() == nil; pause(ctx, time.Second) {
-			io.WriteString(conn, " ")
-		}
-	}()
-	conn.SetDeadline(start.Add(within + 10*time.Second))
-	got, err := io.ReadAll(conn)
-	if took := time.Since(start); errors.Is(err, os.ErrDeadlineExceeded) || took > within {
-		t.Errorf("cut off after %s with %q, want within %s", took, got, within)
-	}
-}
-
-func TestLargeBodiesDoNotFillTheMemory(t *testing.T) {
-	p := startHealthy(t)
-	before := p.metrics(t).MemoryBytes
-	head := fmt.Sprintf("POST /users/batch HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", maxBody)
-	for range 4 * maxLarge { // all but a byte of each
-		conn := dial(t, p.url)
-		io.WriteString(conn, head+strings.Repeat(" ", smallBody))
-		go io.WriteString(conn, strings.Repeat(" ", maxBody-smallBody-1)) // fails where it is refused
-	}
-	refused := func() bool { return p.metrics(t).RequestsByRoute["POST /users/batch"]["503"] == 3*maxLarge }
-	if !waitUntil(refused, 10*time.Second) {
-		t.Errorf("requests = %v, want %d refused", p.metrics(t).RequestsByRoute, 3*maxLarge)
-	}
-	if used := p.metrics(t).MemoryBytes - before; used > 4*maxLarge*maxBody {
-		t.Errorf("memory grew by %d bytes", used)
-	}
-	if a := p.ask("POST /users", aBody); a.status != 201 {
-		t.Errorf("beside large bodies: status = %d, want 201; error %v", a.status, a.err)
-	}
-}
-
-func TestDrainUnderLoad(t *testing.T) {
-	p := startHealthy(t)
-	var inFlight, late sync.WaitGroup
-	for range 100 {
-		inFlight.Go(func() {
-			if a := p.ask("GET /slow_query", ""); a.status != 200 {
-				t.Errorf("/slow_query: status = %d, want 200; error %v", a.status, a.err)
-			}
-		})
-	}
-	if !waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 4*time.Second) {
-		t.Error("the load did not start")
-	}
-	for range 16 {
-		late.Go(func() {
-			for {
-				a := p.ask("POST /users", aBody)
-				if a.status == 503 && a.header.Get("Retry-After") != "" && strings.Contains(a.body, "draining") {
-					return
-				}
-				if a.status != 201 {
-					t.Errorf("POST /users: status = %d, want 201, or 503 when draining; error %v", a.status, a.err)
-					return
-				}
-			}
-		})
-	}
-	waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 101 }, time.Second) // some of the others, too
-	p.Process.Signal(syscall.SIGTERM)
-	late.Wait()
-	if a := p.ask("GET /health", ""); a.status != 503 || !strings.Contains(a.body, `"status":"draining"`) {
-		t.Errorf("/health: status = %d, body %s, want 503 draining", a.status, a.body)
-	}
-	inFlight.Wait()
-	p.wantExit(t, 0, 15*time.Second)
-}
-
-// signal sends a signal to a node, the first being 0.
-func (n *node) signal(t testing.TB, i int, sig syscall.Signal) {
-	t.Helper()
-	pids, err := os.ReadFile(n.pidFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(strings.Fields(string(pids))[i])
-	if err != nil || syscall.Kill(pid, sig) != nil {
-		t.Fatalf("signalling node %d of %q", i, pids)
-	}
-}
-
-// awaitAnswer waits until the node answers CQL on an address of its own.
-func (n *node) awaitAnswer(t testing.TB, host string) {
-	t.Helper()
-	_, port, _ := net.SplitHostPort(n.addr)
-	c := cluster{hosts: []string{host}, consistency: gocql.One}
-	c.port, _ = strconv.Atoi(port)
-	answers := func() bool {
-		cfg := c.config(&countingDialer{})
-		cfg.DisableInitialHostLookup = true
-		s, err := createSession(t.Context(), cfg)
-		if err != nil {
-			pause(t.Context(), 50*time.Millisecond)
-			return false
-		}
-		defer s.Close()
-		return s.Query(selectVersion).Exec() == nil
-	}
-	if !waitUntil(answers, 3*time.Minute) {
-		t.Fatalf("the node on %s does not answer", host)
-	}
-}
-
-// outage has a service's only Cassandra fail, and checks how quickly that is
-// noticed, and how quickly its end is.
-func outage(t *testing.T, p *process, fail, mend func()) {
-	t.Helper()
-	fail()
-	start := time.Now()
-	if !waitUntil(func() bool { return p.ask("GET /health", "").status == 503 }, 9*time.Second) {
-		t.Error("still healthy after 9 s")
-	}
-	t.Logf("unhealthy after %s", time.Since(start).Round(time.Millisecond))
-	mend()
-	start = time.Now()
-	p.awaitHealthy(t, 15*time.Second)
-	t.Logf("healthy %s after Cassandra answered", time.Since(start).Round(time.Millisecond))
-	if p.hasExited() {
-		t.Fatal("the service has exited")
-	}
-}
-
-func TestOutages(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-restart", "2s")
-	p := startHealthy(t, cassandraAt(n.addr)...)
-	l := startLoad(p, 32)
-	for range 3 {
-		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
-		time.Sleep(2 * time.Second) // of load
-	}
-	stopped := func() { n.signal(t, 0, syscall.SIGSTOP) }
-	outage(t, p, stopped, func() { time.Sleep(20 * time.Second); n.signal(t, 0, syscall.SIGCONT) })
-	n.signal(t, 0, syscall.SIGKILL)
-	second := startService(t, cassandraAt(n.addr)...) // while it is not there
-	second.awaitRefusal(t, "connection refused")
-	n.awaitAnswer(t, "127.0.0.1")
-	p.awaitHealthy(t, 15*time.Second)
-	second.awaitHealthy(t, 15*time.Second)
-	l.check(t)
-}
-
-func TestUnreachableAnnouncedAddress(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-restart", "2s", "-rpc-address", "203.0.113.7") // for documentation: nobody is there
-	p := startHealthy(t, cassandraAt(n.addr)...)
-	l := startLoad(p, 32)
-	for range 2 {
-		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
-		back := time.Now()
-		time.Sleep(15 * time.Second) // of load; a session that answers once can still die
-		if late := l.lastFailure().Sub(back); late > 5*time.Second {
-			t.Errorf("a request failed %s after Cassandra was back", late)
-		}
-	}
-	l.check(t)
-}
-
-func TestThreeNodes(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-nodes", "3", "-restart", "10s")
-	p := startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")...)
-	l := startLoad(p, 4)
-	l.stream(t)
-	time.Sleep(5 * time.Second) // of load
-	n.signal(t, 2, syscall.SIGKILL)
-	killed := time.Now()
-	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")...) // its schema is one the dead node cannot agree to
-	t.Logf("a service that starts without one node is healthy after %s", time.Since(killed))
-	n.awaitAnswer(t, "127.0.0.3")
-	back := l.created()
-	if !waitUntil(func() bool { return l.created() > max(1000, back+200) }, 3*time.Minute) { // while it catches up
-		t.Errorf("%d users were created and then changed or deleted at once, want 1000", l.created())
-	}
-	l.check(t)
-	total, failures := 0, 0
-	for status, count := range l.answers {
-		total += count
-		if status == 503 || status == 504 {
-			failures += count
-		}
-	}
-	t.Logf("%d of %d requests failed, the last %s after the death", failures, total, l.lastFailure().Sub(killed))
-	if failures*100 > total || l.lastFailure().Sub(killed) > 30*time.Second {
-		t.Errorf("%d of %d requests failed, the last %s after the death", failures, total, l.lastFailure().Sub(killed))
-	}
-}
-
 // Tests of the launcher. With CASSANDRA_HOSTS set it starts no node, so that what
 // it does for COMMAND is seen at once.
 
@@ -4685,6 +4236,455 @@ func TestLauncherLeavesNoProcess(t *testing.T) {
 		}
 		parent.Wait()
 	})
+}
+
+// Tests that take minutes: -long runs them.
+
+func TestSlowSendersAreCutOff(t *testing.T) {
+	needsLong(t)
+	p := startHealthy(t)
+	const head = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+	tests := []struct {
+		name, at string // what is sent at once, before a byte a second
+		within   time.Duration
+	}{
+		{"header", head + "X-Slow: ", headerTimeout},
+		{"body", head + "Content-Length: 1000\r\n\r\n", defaultTimeout},
+		{"body with a deadline", head + "X-Request-Timeout: 2\r\nContent-Length: 1000\r\n\r\n", 2 * time.Second},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var senders sync.WaitGroup
+			for range 1100 {
+				conn := dial(t, p.url)
+				senders.Go(func() { sendSlowly(t, conn, tt.at, 3*tt.within) })
+			}
+			ended := make(chan struct{})
+			go func() { senders.Wait(); close(ended) }()
+			for running := true; running; {
+				if a := p.ask("POST /users", aBody); a.status != 201 || a.took > 5*time.Second {
+					t.Errorf("beside slow senders: status = %d after %s, error %v", a.status, a.took, a.err)
+				}
+				select {
+				case <-ended:
+					running = false
+				case <-time.After(100 * time.Millisecond):
+				}
+			}
+		})
+	}
+}
+
+// sendSlowly sends a byte a second until the service cuts the connection.
+func sendSlowly(t testing.TB, conn net.Conn, at string, within time.Duration) {
+	start := time.Now()
+	io.WriteString(conn, at)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		for ; ctx.Err() == nil; pause(ctx, time.Second) {
+			io.WriteString(conn, " ")
+		}
+	}()
+	conn.SetDeadline(start.Add(within + 10*time.Second))
+	got, err := io.ReadAll(conn)
+	if took := time.Since(start); errors.Is(err, os.ErrDeadlineExceeded) || took > within {
+		t.Errorf("cut off after %s with %q, want within %s", took, got, within)
+	}
+}
+
+func TestOverload(t *testing.T) {
+	needsLong(t)
+	p := startHealthy(t)
+	before := p.metrics(t)
+	ctx, stop := context.WithCancel(t.Context())
+	var statuses [600]atomic.Int64
+	var slowest time.Duration // of /health
+	var probes, clients sync.WaitGroup
+	probes.Go(func() {
+		for ; ctx.Err() == nil; pause(ctx, 50*time.Millisecond) {
+			a := p.ask("GET /health", "")
+			if slowest = max(slowest, a.took); a.status != 200 && a.status != 503 {
+				t.Errorf("/health under overload: status = %d, error %v", a.status, a.err)
+			}
+		}
+	})
+	for range 2000 {
+		clients.Go(func() {
+			for range 10 {
+				a := p.ask("POST /users", aBody)
+				statuses[a.status].Add(1)
+				if a.status == 503 && a.header.Get("Retry-After") != "1" {
+					t.Errorf("503 with Retry-After %q", a.header.Get("Retry-After"))
+				}
+			}
+		})
+	}
+	clients.Wait()
+	stop()
+	probes.Wait()
+	created, refused, memory := statuses[201].Load(), statuses[503].Load(), p.metrics(t).MemoryBytes
+	t.Logf("%d answers, %d immediate 503, /health took %s at most, memory %d MB", created, refused, slowest, memory>>20)
+	if created+refused != 20_000 || created < 1000 {
+		t.Errorf("answers = %d, immediate 503 = %d, want 20000 in all", created, refused)
+	}
+	if p.awaitQuiet(t, before); memory > 256<<20 {
+		t.Errorf("memory = %d bytes", memory)
+	}
+}
+
+func TestCredentialsAreChecked(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-auth")
+	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")...)
+	for _, tt := range []struct{ name, user, password, why string }{
+		{"a wrong password", "cassandra", "s3cret-typo", "Provided username cassandra and/or password are incorrect"},
+		{"a wrong user", "nobody", "s3cret-typo", "Provided username nobody and/or password are incorrect"},
+		{"none", "", "", "authentication required"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME="+tt.user, "CASSANDRA_PASSWORD="+tt.password)...)
+			p.awaitRefusal(t, tt.why)
+			if strings.Contains(p.log.String(), "s3cret-typo") {
+				t.Error("the log has the password")
+			}
+		})
+	}
+}
+
+func TestSilentCassandraLeavesNothingBehind(t *testing.T) {
+	needsLong(t)
+	p, proxy := startBehindProxy(t)
+	before := p.metrics(t)
+	proxy.swallow(true)
+	askEverything(p, func(request string, a answer) {
+		if a.status != 504 || a.took > defaultTimeout+time.Second {
+			t.Errorf("%s: status = %d after %s, want 504 within %s; error %v", request, a.status, a.took, defaultTimeout, a.err)
+		}
+	})
+	proxy.swallow(false)
+	p.awaitHealthy(t, 15*time.Second)
+	p.awaitQuiet(t, before)
+}
+
+func TestOutages(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "2s")
+	p := startHealthy(t, cassandraAt(n.addr)...)
+	l := startLoad(p, 32)
+	for range 3 {
+		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
+		time.Sleep(2 * time.Second) // of load
+	}
+	stopped := func() { n.signal(t, 0, syscall.SIGSTOP) }
+	outage(t, p, stopped, func() { time.Sleep(20 * time.Second); n.signal(t, 0, syscall.SIGCONT) })
+	n.signal(t, 0, syscall.SIGKILL)
+	second := startService(t, cassandraAt(n.addr)...) // while it is not there
+	second.awaitRefusal(t, "connection refused")
+	n.awaitAnswer(t, "127.0.0.1")
+	p.awaitHealthy(t, 15*time.Second)
+	second.awaitHealthy(t, 15*time.Second)
+	l.check(t)
+}
+
+func TestUnreachableAnnouncedAddress(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "2s", "-rpc-address", "203.0.113.7") // for documentation: nobody is there
+	p := startHealthy(t, cassandraAt(n.addr)...)
+	l := startLoad(p, 32)
+	for range 2 {
+		outage(t, p, func() { n.signal(t, 0, syscall.SIGKILL) }, func() { n.awaitAnswer(t, "127.0.0.1") })
+		back := time.Now()
+		time.Sleep(15 * time.Second) // of load; a session that answers once can still die
+		if late := l.lastFailure().Sub(back); late > 5*time.Second {
+			t.Errorf("a request failed %s after Cassandra was back", late)
+		}
+	}
+	l.check(t)
+}
+
+func TestThreeNodes(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-nodes", "3", "-restart", "10s")
+	p := startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")...)
+	l := startLoad(p, 4)
+	l.stream(t)
+	time.Sleep(5 * time.Second) // of load
+	n.signal(t, 2, syscall.SIGKILL)
+	killed := time.Now()
+	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")...) // its schema is one the dead node cannot agree to
+	t.Logf("a service that starts without one node is healthy after %s", time.Since(killed))
+	n.awaitAnswer(t, "127.0.0.3")
+	back := l.created()
+	if !waitUntil(func() bool { return l.created() > max(1000, back+200) }, 3*time.Minute) { // while it catches up
+		t.Errorf("%d users were created and then changed or deleted at once, want 1000", l.created())
+	}
+	l.check(t)
+	total, failures := 0, 0
+	for status, count := range l.answers {
+		total += count
+		if status == 503 || status == 504 {
+			failures += count
+		}
+	}
+	t.Logf("%d of %d requests failed, the last %s after the death", failures, total, l.lastFailure().Sub(killed))
+	if failures*100 > total || l.lastFailure().Sub(killed) > 30*time.Second {
+		t.Errorf("%d of %d requests failed, the last %s after the death", failures, total, l.lastFailure().Sub(killed))
+	}
+}
+
+// Batches are sent all the time while their node is killed 20 times. In the end
+// each is there whole or not at all, as its answer said.
+func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "1s")
+	const keyspace = "batches"
+	db := n.open(t, keyspace)
+	p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_KEYSPACE="+keyspace)...)
+	var mu sync.Mutex
+	answers := map[string]int{} // status by the name of all users of the batch
+	for try := range 20 {
+		p.awaitHealthy(t, 3*time.Minute)
+		created := make(chan bool, 1000)
+		var senders sync.WaitGroup
+		for sender := range 4 {
+			senders.Go(func() {
+				for i, status := 0, 201; status == 201; i++ {
+					name := fmt.Sprintf("%d-%d-%d", try, sender, i)
+					status = p.ask("POST /users/batch", batchOf(maxBatch, func(int) (string, string) { return name, "a@example.com" })).status
+					mu.Lock()
+					answers[name] = status
+					mu.Unlock()
+					created <- status == 201
+				}
+			})
+		}
+		<-created
+		time.Sleep(time.Duration(rand.IntN(100)) * time.Millisecond) // any moment will do
+		n.signal(t, 0, syscall.SIGKILL)
+		senders.Wait()
+	}
+	p.awaitHealthy(t, 3*time.Minute)
+	replayed := func() bool {
+		var left int
+		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
+	}
+	if !waitUntil(replayed, 3*time.Minute) {
+		t.Fatal("the batchlog is not empty after three minutes")
+	}
+	wantWholeBatches(t, answers, decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200))
+}
+
+// wantWholeBatches fails unless the users are whole batches, as the answers said.
+func wantWholeBatches(t *testing.T, answers map[string]int, users []userJSON) {
+	t.Helper()
+	written, outcomes := map[string]int{}, map[string]int{}
+	for _, u := range users {
+		written[u.Name]++
+	}
+	for name, status := range answers {
+		switch n := written[name]; {
+		case status == 0:
+			t.Errorf("batch %s got no answer", name)
+		case n != 0 && n != maxBatch:
+			t.Errorf("batch %s, answered %d: %d users, want all or none", name, status, n)
+		case status == 201 && n == 0, status == 503 && n != 0:
+			t.Errorf("batch %s, answered %d: %d users", name, status, n)
+		default:
+			outcomes[fmt.Sprintf("%d with %d users", status, n)]++
+		}
+	}
+	t.Logf("answers: %v", outcomes)
+}
+
+// One million users, 260 MB of JSON: resident memory is bounded by fetch_size.
+// A fresh process for each reading, built without the race detector.
+func TestMemoryIsBounded(t *testing.T) {
+	needsLong(t)
+	binary := filepath.Join(t.TempDir(), "service")
+	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	keyspace := useMillions(t, 1_000_000, func(i int) int { return i % 100 })
+	const fullSpeed = math.MaxInt32
+	tests := []struct {
+		name                 string
+		streams, users, rate int
+		limit                int // MB
+	}{
+		{"100 000 users", 1, 100_000, fullSpeed, 40},
+		{"a million users", 1, 1_000_000, fullSpeed, 40},
+		{"a minute of a million users at 1 MB/s", 1, 1_000_000, 1 << 20, 40},
+		{"20 at once", 20, 250_000, fullSpeed, 150},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := startProcess(t, exec.Command(binary), "CASSANDRA_KEYSPACE="+keyspace)
+			p.awaitHealthy(t, 15*time.Second)
+			start := time.Now()
+			var readers sync.WaitGroup
+			for range tt.streams {
+				readers.Go(func() { readStream(t, p, tt.users, tt.rate) })
+			}
+			readers.Wait()
+			peak := float64(p.peakMemory(t)) / (1 << 20)
+			t.Logf("at most %.1f MB resident, in %.1f s", peak, time.Since(start).Seconds())
+			if peak > float64(tt.limit) {
+				t.Errorf("%.1f MB resident, want at most %d", peak, tt.limit)
+			}
+		})
+	}
+}
+
+// peakMemory is the most memory in bytes that the process ever had resident.
+func (p *process) peakMemory(t testing.TB) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	if err != nil {
+		t.Skip("needs Linux's /proc:", err)
+	}
+	_, peak, _ := strings.Cut(string(status), "VmHWM:")
+	peak, _, _ = strings.Cut(peak, "kB")
+	kilobytes, _ := strconv.Atoi(strings.TrimSpace(peak))
+	return kilobytes << 10
+}
+
+// readStream reads so many users to the end, or for a minute where a rate of
+// bytes a second would take longer.
+func readStream(t *testing.T, p *process, users, rate int) {
+	answer, err := http.Get(fmt.Sprintf("%s/users/stream?fetch_size=1000&limit=%d", p.url, users))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer answer.Body.Close()
+	atMost := 10 * time.Minute
+	if users*250/rate > 60 {
+		atMost = time.Minute
+	}
+	if n, err := readSlowly(answer.Body, rate, atMost); n < 20_000_000 || err != io.EOF && atMost > time.Minute {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+}
+
+// readSlowly reads until the end, or for as long as it may, at most rate bytes
+// a second, and returns how many came.
+func readSlowly(r io.Reader, rate int, atMost time.Duration) (n int64, err error) {
+	for start := time.Now(); time.Since(start) < atMost && err == nil; time.Sleep(time.Duration(n)*time.Second/time.Duration(rate) - time.Since(start)) {
+		var more int64
+		more, err = io.CopyN(io.Discard, r, int64(rate/10))
+		n += more
+	}
+	return n, err
+}
+
+func TestSlowReaders(t *testing.T) {
+	needsLong(t)
+	useCrowd(t)
+	url := serve(t, service)
+	var readers sync.WaitGroup
+	for _, target := range []string{"/users/stream?fetch_size=5000&limit=5000", "/users/stream/pages?fetch_size=5000"} {
+		readers.Go(func() { // at 20 kB/s this takes more than a minute
+			whole := len(call(t, "GET "+target, "").body)
+			conn := openReader(t, url, target, 1)
+			conn.SetReadDeadline(time.Now().Add(5 * time.Minute))
+			fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") // so that the connection ends
+			if n, err := readSlowly(conn, 20_000, 5*time.Minute); int(n) < whole || err != io.EOF {
+				t.Errorf("%s: %d bytes of at least %d, %v", target, n, whole, err)
+			}
+		})
+	}
+	readers.Wait()
+	start := time.Now()
+	openReader(t, url, "/users/stream", 1)
+	cut := waitUntil(func() bool { return counters.streams.Load() == 0 && counters.scans.Load() == 0 }, 3*writeTimeout)
+	if took := time.Since(start); !cut || took < writeTimeout/2 {
+		t.Errorf("a reader that takes nothing is cut: %t, after %s, want about %s", cut, took, writeTimeout)
+	}
+}
+
+// useMillions makes the handler in process serve n users in a keyspace of their
+// own. Without the commit log they are written several times as fast.
+func useMillions(t testing.TB, n int, age func(i int) int) (keyspace string) {
+	t.Helper()
+	keyspace = newKeyspace(t)
+	useKeyspace(t, keyspace)
+	db := openKeyspace(t, global.cluster)
+	if err := db.Query(`ALTER KEYSPACE "` + keyspace + `" WITH durable_writes = false`).Exec(); err != nil {
+		t.Fatal(err)
+	}
+	insertUsers(t, db, n, age)
+	return keyspace
+}
+
+// Of five million users none, or ten, are that old: Cassandra alone would run
+// into its timeout looking for them.
+func TestFilterOverFiveMillionUsers(t *testing.T) {
+	needsLong(t)
+	useMillions(t, 5_000_000, func(i int) int {
+		if i%500_000 == 0 {
+			return 120
+		}
+		return 20 + i%10
+	})
+	url := serve(t, service)
+	for age, want := range map[int]int{120: 10, 121: 0} {
+		wantFilteredStream(t, url, age, want)
+		wantFilteredPages(t, age, want)
+	}
+}
+
+func wantFilteredStream(t *testing.T, url string, age, want int) {
+	t.Helper()
+	start := time.Now()
+	answer, err := http.Get(fmt.Sprintf("%s/users/stream?age_filter=%d", url, age))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	first := time.Since(start)
+	var users []userJSON
+	err = json.NewDecoder(answer.Body).Decode(&users)
+	if err != nil || len(users) != want || first > 3*sliceTime {
+		t.Errorf("age_filter=%d: %d users, want %d; %v; the status after %s", age, len(users), want, err, first)
+	}
+	t.Logf("age_filter=%d: the status after %s, all of the stream after %s", age, first, time.Since(start))
+}
+
+func wantFilteredPages(t *testing.T, age, want int) {
+	t.Helper()
+	var slowest time.Duration
+	users, pages := 0, 0
+	for query, more := fmt.Sprintf("age_filter=%d", age), true; more; pages++ {
+		start := time.Now()
+		p := decode[pageJSON](t, call(t, "GET /users/stream/pages?"+query, ""), 200)
+		slowest = max(slowest, time.Since(start))
+		if users, more = users+len(p.Users), p.HasMore; more {
+			query = "page_state=" + *p.PageState
+		}
+	}
+	if users != want || slowest > 3*pageTime {
+		t.Errorf("age_filter=%d: %d users in %d pages, want %d; the slowest took %s", age, users, pages, want, slowest)
+	}
+	t.Logf("age_filter=%d: %d pages, the slowest took %s", age, pages, slowest)
+}
+
+func TestStreamWhoseNodeIsKilled(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "1s")
+	const keyspace, users = "killed", 60_000
+	insertUsers(t, n.open(t, keyspace), users, func(i int) int { return i % 100 })
+	p := startService(t, append(cassandraAt(n.addr), "CASSANDRA_KEYSPACE="+keyspace)...)
+	for _, accept := range []string{"application/json", ndjson} {
+		p.awaitHealthy(t, 3*time.Minute)
+		curl, file := streamByCurl(t, p.url+"/users/stream", "--header", "Accept: "+accept, "--limit-rate", "500k")
+		n.signal(t, 0, syscall.SIGKILL)
+		wantCut(t, curl, file, accept == ndjson)
+		p.awaitHealthy(t, 3*time.Minute)
+		if got := len(decode[[]userJSON](t, p.ask("GET /users/stream", ""), 200)); got != users {
+			t.Errorf("%d users after the restart, want %d", got, users)
+		}
+	}
 }
 
 // One start, about 10 s: an own node on a port of its own, killed, back with its data, stopped, gone.
