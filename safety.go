@@ -498,8 +498,8 @@ func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 	return t, failed(read, err, "filling the scratch table") // not write: rows half written harm nobody
 }
 
-// pages returns a fetch for pagesAhead, of 5 rows a page.
-func (t *scratch) pages(statement string, values ...any) func(context.Context) (page, error) {
+// pages fetches the rows of a statement, 5 a page.
+func (t *scratch) pages(statement string, values ...any) nextPage {
 	var state []byte
 	return func(ctx context.Context) (page, error) {
 		rows := t.db.Query(statement, values...).WithContext(ctx).PageSize(5).PageState(state).Iter()
@@ -514,9 +514,9 @@ func (t *scratch) pages(statement string, values ...any) func(context.Context) (
 }
 
 // stream reads all pages, calling afterPage, if it is not nil, after each.
-func (t *scratch) stream(ctx context.Context, fetch func(context.Context) (page, error), afterPage func()) ([]scratchRow, error) {
+func (t *scratch) stream(ctx context.Context, pages nextPage, afterPage func()) ([]scratchRow, error) {
 	rows := []scratchRow{}
-	for page, err := range pagesAhead(ctx, &t.open, fetch) {
+	for page, err := range pagesAhead(ctx, &t.open, alone(pages)) {
 		if err != nil {
 			return rows, err
 		}

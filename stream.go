@@ -1,9 +1,9 @@
 // This file sends result sets of any size in bounded memory: as one JSON array
 // (or NDJSON) row by row, or page by page with a token for the next. It shows
-// paging by token range, back-pressure, cancellation, and why a stream that
-// fails must abort its connection. It leans on main.go (parameters, preferred, problems, writeJSON),
-// health.go (currentSession, failed), users.go (timestamp, maxAge) and three
-// counters of metrics.go.
+// token ranges read side by side, back-pressure, cancellation, and why a stream
+// that fails must abort its connection. It leans on main.go (parameters,
+// preferred, problems, writeJSON), health.go (currentSession, failed), users.go
+// (timestamp, maxAge) and three counters of metrics.go.
 
 package main
 
@@ -29,7 +29,8 @@ import (
 )
 
 const (
-	maxStreams   = 64       // at once; each holds up to two pages
+	maxStreams   = 64       // at once; each holds up to sideBySide+1 pages
+	sideBySide   = 3        // parts of the table that one stream reads at once
 	defaultFetch = 1000     // rows in a Cassandra page, where throughput has nearly levelled off
 	maxFetch     = 5000     // rows; a page of the longest users is then some 3 MB
 	writeSize    = 32 << 10 // bytes in one write to the client
@@ -39,16 +40,15 @@ const (
 	noAgeFilter  = -1
 )
 
-// A filter makes Cassandra look through rows that it does not return, some
-// 500 000 a second, so a page that finds too little runs into the node's 5 s
-// timeout at about 2.5 million rows. Therefore a filtered scan asks for slices of
-// the token range, each as wide as can be looked through in about sliceTime.
-// BenchmarkFilters compares that with others over five million users, of which
-// none, half and all match: slices take 9, 24 and 46 s, filtering here 32, 33 and
-// 38 s, an SAI index, which every write pays for, 0.2, 149 and 140 s.
+// A stream reads slices of the token range side by side, each wide enough for
+// most of a page. A filter makes Cassandra look through rows that it does not
+// return, some 500 000 a second, so a page that finds too little runs into the
+// node's 5 s timeout at about 2.5 million rows: there a slice is also no wider
+// than can be looked through in sliceTime.
 const (
 	firstSlice = 1 << 52                // of 2^64 tokens: a 4096th of the table
-	sliceTime  = 500 * time.Millisecond // a quicker slice is followed by one of twice the width
+	maxGrowth  = 16                     // from one slice to the next
+	sliceTime  = 500 * time.Millisecond // for the node to look through one
 	pageTime   = 2 * time.Second        // after which a page is answered with what was found
 )
 
@@ -74,8 +74,7 @@ func streamUsers(w http.ResponseWriter, r *http.Request) error {
 	if counters.streams.Add(1) > maxStreams {
 		return unavailable("Too many streams at once; try again in a second")
 	}
-	fetch := func(ctx context.Context) (page, error) { return s.fetch(ctx, fetchSize) }
-	for rows, err := range pagesAhead(r.Context(), &counters.scans, fetch) {
+	for rows, err := range pagesAhead(r.Context(), &counters.scans, s.parts(fetchSize)) {
 		if err != nil {
 			return err
 		}
@@ -136,43 +135,67 @@ type page struct {
 	more bool
 }
 
-// pagesAhead yields what fetch returns, page after page, and fetches the next
-// one while the reader is busy with this one. It ends the fetch under way when
-// the reader stops or ctx ends; open counts it from its start to its end.
-func pagesAhead(ctx context.Context, open *atomic.Int64, fetch func(context.Context) (page, error)) iter.Seq2[*gocql.Iter, error] {
-	type result struct {
-		page
-		err error
-	}
+// nextPage fetches one page of a walk after the other.
+type nextPage func(context.Context) (page, error)
+
+// alone is the one part of a walk that is not divided.
+func alone(next nextPage) iter.Seq[nextPage] {
+	return func(yield func(nextPage) bool) { yield(next) }
+}
+
+// fetched is a page, or why there is none.
+type fetched struct {
+	page
+	err error
+}
+
+// fetchAll fetches page after page until the last one or an error, each while
+// the one before waits for its reader, who must read to the end.
+func (next nextPage) fetchAll(ctx context.Context) chan fetched {
+	pages := make(chan fetched)
+	go func() {
+		defer close(pages)
+		for more := true; more; {
+			p, err := next(ctx)
+			more = p.more && err == nil
+			pages <- fetched{p, err}
+		}
+	}()
+	return pages
+}
+
+// pagesAhead yields all pages of one part after the other while it fetches those
+// to come, of so many parts at once as sideBySide says. It ends what is under
+// way when the reader stops or ctx ends; open counts it from its start to its
+// end.
+func pagesAhead(ctx context.Context, open *atomic.Int64, parts iter.Seq[nextPage]) iter.Seq2[*gocql.Iter, error] {
 	return func(yield func(*gocql.Iter, error) bool) {
 		open.Add(1)
 		defer open.Add(-1)
 		ctx, cancel := context.WithCancel(ctx)
-		start := func() chan result {
-			fetched := make(chan result, 1)
-			go func() {
-				defer close(fetched)
-				p, err := fetch(ctx)
-				fetched <- result{p, err}
-			}()
-			return fetched
-		}
-		next := start()
+		begun := make(chan chan fetched, sideBySide-2) // besides the one being read and the one being put here
+		go func() {
+			defer close(begun)
+			for part := range parts {
+				if ctx.Err() != nil {
+					return
+				}
+				begun <- part.fetchAll(ctx)
+			}
+		}()
+		pages := <-begun
 		defer func() {
 			cancel()
-			<-next // a closed channel, or the fetch just cancelled
+			for ; pages != nil; pages = <-begun { // nil once all are read
+				for range pages {
+				}
+			}
 		}()
-		for {
-			current := <-next
-			if current.err != nil {
-				yield(nil, current.err)
-				return
-			}
-			if current.more {
-				next = start()
-			}
-			if !yield(current.rows, nil) || !current.more {
-				return
+		for ; pages != nil; pages = <-begun {
+			for p := range pages {
+				if !yield(p.rows, p.err) || p.err != nil {
+					return
+				}
 			}
 		}
 	}
@@ -180,18 +203,22 @@ func pagesAhead(ctx context.Context, open *atomic.Int64, fetch func(context.Cont
 
 // scan is a walk through the users table, and the place where it stands.
 // Cassandra hashes each key to a token from -2^63 to 2^63-1 and keeps rows in
-// the order of their tokens, the ring; the walk goes from the lowest up.
+// the order of their tokens, the ring; the walk goes from the lowest up, a slice
+// of the ring at a time.
 type scan struct {
-	minAge int    // noAgeFilter, or 0 to 150
-	left   int    // rows still to be given
-	after  int64  // the token range being read begins behind this
-	upto   int64  // and ends with this
-	state  []byte // Cassandra's paging state within it, empty at its start
-	width  uint64 // of a range; the whole ring where nothing is filtered
+	minAge int           // noAgeFilter, or 0 to 150
+	left   int           // rows still to be given
+	after  int64         // the slice being read begins behind this
+	upto   int64         // and ends with this
+	state  []byte        // Cassandra's paging state within it, empty at its start
+	rows   int           // read of it so far
+	took   time.Duration // to read them
+	width  uint64        // of the next slice, in tokens
+	end    int64         // of the walk
 }
 
 func newScan(minAge, limit int) *scan {
-	s := &scan{minAge: minAge, left: limit, after: math.MinInt64, width: math.MaxUint64}
+	s := &scan{minAge: minAge, left: limit, after: math.MinInt64, end: math.MaxInt64, width: math.MaxUint64}
 	if s.isFiltered() {
 		s.width = firstSlice
 	}
@@ -199,15 +226,41 @@ func newScan(minAge, limit int) *scan {
 	return s
 }
 
+// parts divides a walk that has not begun into slices, to be read side by side;
+// one with a limit is not divided, for nobody knows how many slices it takes.
+func (s *scan) parts(size int) iter.Seq[nextPage] {
+	if s.left < unlimited {
+		return alone(func(ctx context.Context) (page, error) { return s.fetch(ctx, size) })
+	}
+	return func(yield func(nextPage) bool) {
+		var width atomic.Uint64 // as the part that ended last found it
+		width.Store(firstSlice)
+		for after := s.after; after < s.end; {
+			part := &scan{minAge: s.minAge, left: unlimited, after: after, end: s.end, width: width.Load()}
+			part.upto = part.nextBound()
+			part.end, after = part.upto, part.upto
+			if !yield(func(ctx context.Context) (page, error) {
+				p, err := part.fetch(ctx, size)
+				if !p.more {
+					width.Store(part.width)
+				}
+				return p, err
+			}) {
+				return
+			}
+		}
+	}
+}
+
 func (s *scan) isFiltered() bool { return s.minAge > 0 }
 
 // more says whether rows remain to be given and the scan is not at its end.
-func (s *scan) more() bool { return s.left > 0 && s.after < math.MaxInt64 }
+func (s *scan) more() bool { return s.left > 0 && s.after < s.end }
 
-// nextBound is the end of the range that begins at after.
+// nextBound is the end of the slice that begins at after.
 func (s *scan) nextBound() int64 {
-	if rest := uint64(math.MaxInt64) - uint64(s.after); s.width >= rest {
-		return math.MaxInt64
+	if rest := uint64(s.end) - uint64(s.after); s.width >= rest {
+		return s.end
 	}
 	return s.after + int64(s.width)
 }
@@ -231,15 +284,24 @@ func (s *scan) fetch(ctx context.Context, size int) (page, error) {
 		}
 	}
 	s.left -= rows.NumRows()
+	s.rows += rows.NumRows()
+	s.took += time.Since(start)
 	s.state = rows.PageState()
 	if len(s.state) == 0 {
-		if s.isFiltered() && time.Since(start) < sliceTime && s.width < math.MaxUint64/2 {
-			s.width *= 2
-		}
-		s.after = s.upto
-		s.upto = s.nextBound()
+		s.endSlice(size)
 	}
 	return page{rows: rows, more: s.more()}, nil
+}
+
+// endSlice moves the walk to the next slice, and makes that as wide as this one
+// should have been to have four fifths of a page, within sliceTime.
+func (s *scan) endSlice(size int) {
+	growth := min(.8*float64(size)/float64(s.rows), sliceTime.Seconds()/s.took.Seconds(), maxGrowth)
+	tokens := growth * float64(uint64(s.upto)-uint64(s.after))
+	s.width = uint64(max(1, min(tokens, 1<<63)))
+	s.after = s.upto
+	s.upto = s.nextBound()
+	s.rows, s.took = 0, 0
 }
 
 // retryNarrower tries half the slice when the node ran out of time in it, as it
