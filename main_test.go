@@ -219,15 +219,25 @@ func needsLong(t testing.TB) {
 
 // answer is what a client got; err where it got none, or not all of it.
 type answer struct {
-	status int
-	header http.Header
-	body   string
-	took   time.Duration
-	err    error
+	request string // as in "GET /users"
+	status  int
+	header  http.Header
+	body    string
+	took    time.Duration // over the wire
+	err     error
+}
+
+// String is what a failed test says of an answer.
+func (a answer) String() string {
+	text := fmt.Sprintf("%s: status = %d after %s, body %s", a.request, a.status, a.took, a.body)
+	if a.err != nil {
+		text += ", error " + a.err.Error()
+	}
+	return text
 }
 
 // call sends a request, as in "GET /users", to the handler in process. Headers
-// are "Name: value"; unless they say otherwise a body is JSON.
+// are "Name: value"; unless they say otherwise the body is JSON.
 func call(t testing.TB, request, body string, headers ...string) answer {
 	t.Helper()
 	return callOn(t, service, request, body, headers...)
@@ -254,7 +264,7 @@ func callOn(t testing.TB, h http.Handler, request, body string, headers ...strin
 func record(h http.Handler, r *http.Request) answer {
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, r)
-	return answer{status: w.Code, header: w.Result().Header, body: w.Body.String()}
+	return answer{request: r.Method + " " + r.RequestURI, status: w.Code, header: w.Result().Header, body: w.Body.String()}
 }
 
 func addHeaders(r *http.Request, headers []string) {
@@ -271,10 +281,10 @@ func addHeaders(r *http.Request, headers []string) {
 func decode[T any](t testing.TB, a answer, status int) (value T) {
 	t.Helper()
 	if a.status != status {
-		t.Fatalf("status = %d, want %d; error %v, body: %s", a.status, status, a.err, a.body)
+		t.Fatalf("%s; want %d", a, status)
 	}
 	if err := json.Unmarshal([]byte(a.body), &value); err != nil {
-		t.Fatalf("body %q: %v", a.body, err)
+		t.Fatalf("%s: %v", a, err)
 	}
 	return value
 }
@@ -297,6 +307,13 @@ func aUser(t testing.TB) userJSON {
 	return decode[userJSON](t, call(t, "POST /users", aBody), 201)
 }
 
+func wantStatus(t testing.TB, a answer, status int) {
+	t.Helper()
+	if a.status != status {
+		t.Errorf("%s; want %d", a, status)
+	}
+}
+
 // wantProblem checks a whole problem answer; errs are the JSON of its errors. A
 // 503, and no other, says when to come back.
 func wantProblem(t testing.TB, a answer, status int, detail string, errs ...string) {
@@ -307,7 +324,7 @@ func wantProblem(t testing.TB, a answer, status int, detail string, errs ...stri
 	}
 	want := fmt.Sprintf(`{"title":%q,"status":%d,"detail":%q%s,"request_id":%q}`+"\n", http.StatusText(status), status, detail, members, a.header.Get("X-Request-Id"))
 	if a.status != status || a.body != want {
-		t.Errorf("status = %d, want %d; error %v\nbody %swant %s", a.status, status, a.err, a.body, want)
+		t.Errorf("%s, want %d %s", a, status, want)
 	}
 	if a.header.Get("Content-Type") != "application/problem+json" || (a.header.Get("Retry-After") == "1") != (status == 503) {
 		t.Errorf("header = %v", a.header)
@@ -462,24 +479,28 @@ var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4000}}
 
 // ask sends the service a request, written as for call.
 func (p *process) ask(request, body string, headers ...string) (a answer) {
+	a.request = request
 	start := time.Now()
 	defer func() { a.took = time.Since(start) }()
 	method, target, _ := strings.Cut(request, " ")
 	r, err := http.NewRequest(method, p.url+target, strings.NewReader(body))
 	if err != nil {
-		return answer{err: err}
+		a.err = err
+		return a
 	}
 	addHeaders(r, headers)
 	got, err := client.Do(r)
 	if err != nil {
-		return answer{err: err}
+		a.err = err
+		return a
 	}
 	defer got.Body.Close()
 	if got.Close { // net/http takes the header out
 		got.Header.Set("Connection", "close")
 	}
 	text, err := io.ReadAll(got.Body)
-	return answer{status: got.StatusCode, header: got.Header, body: string(text), err: err}
+	a.status, a.header, a.body, a.err = got.StatusCode, got.Header, string(text), err
+	return a
 }
 
 // metrics returns what the service counts.
@@ -540,9 +561,7 @@ func (p *process) awaitRefusal(t testing.TB, why string) {
 		t.Fatalf("the log does not say %q", why)
 	}
 	for _, path := range []string{"/health", "/users"} {
-		if a := p.ask("GET "+path, ""); a.status != 503 {
-			t.Errorf("%s: status = %d, want 503", path, a.status)
-		}
+		wantStatus(t, p.ask("GET "+path, ""), 503)
 	}
 	line := regexp.MustCompile(`level=WARN msg="cannot connect to Cassandra, trying on" hosts=\[\S+\] port=\d+ error=".*` + regexp.QuoteMeta(why))
 	if !line.MatchString(p.log.String()) {
@@ -574,7 +593,7 @@ const nobody = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
 
 // askEverything sends one request to each endpoint that needs Cassandra, all at
 // once, and has each answer checked.
-func askEverything(p *process, check func(request string, a answer), headers ...string) {
+func askEverything(p *process, check func(answer), headers ...string) {
 	requests := map[string]string{
 		"POST /users": aBody, "GET /users": "", "POST /users/batch": "[" + aBody + "]",
 		"GET /users/stream": "", "GET /users/stream?age_filter=30": "", "GET /users/stream/pages": "",
@@ -588,7 +607,7 @@ func askEverything(p *process, check func(request string, a answer), headers ...
 	var asking sync.WaitGroup
 	for request, body := range requests {
 		asking.Go(func() {
-			check(request, p.ask(request, body, headers...))
+			check(p.ask(request, body, headers...))
 		})
 	}
 	asking.Wait()
@@ -1084,9 +1103,7 @@ var (
 func TestRequestTimeoutHeader(t *testing.T) {
 	for _, value := range goodTimeouts {
 		t.Run("taken "+value, func(t *testing.T) {
-			if a := call(t, "GET /", "", "X-Request-Timeout: "+value); a.status != 200 {
-				t.Errorf("status = %d, want 200; body: %s", a.status, a.body)
-			}
+			wantStatus(t, call(t, "GET /", "", "X-Request-Timeout: "+value), 200)
 		})
 	}
 	const refused = `{"header":"X-Request-Timeout","detail":"must be seconds above 0, once, in digits with at most one point, as in 0.5"}`
@@ -1164,9 +1181,7 @@ func TestPanicIsLoggedOnceAndHidden(t *testing.T) {
 			t.Errorf("log line %s lacks %s", lines[0], part)
 		}
 	}
-	if a := callOn(t, h, "GET /", ""); a.status != 200 {
-		t.Errorf("after the panic: status = %d, want 200", a.status)
-	}
+	wantStatus(t, callOn(t, h, "GET /", ""), 200)
 }
 
 func TestFailureAfterTheStatusLineCutsTheConnection(t *testing.T) {
@@ -1248,9 +1263,7 @@ func TestCrossOriginWritesAreRefused(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			a := call(t, tt.method+" /users", aBody, tt.header)
-			if a.status != tt.status {
-				t.Errorf("status = %d, want %d", a.status, tt.status)
-			}
+			wantStatus(t, a, tt.status)
 			if tt.status == 403 {
 				wantProblem(t, a, 403, "Browsers may not write from a page of another origin")
 			}
@@ -1330,16 +1343,12 @@ func TestExcessInFlightIsTurnedAway(t *testing.T) {
 		wantProblem(t, a, 503, "Too many requests at once; try again in a second")
 	}
 	for _, path := range []string{"/", "/health", "/metrics"} {
-		if a := callOn(t, h, "GET "+path, ""); a.status != 200 {
-			t.Errorf("%s: status = %d, want 200", path, a.status)
-		}
+		wantStatus(t, callOn(t, h, "GET "+path, ""), 200)
 	}
 	close(leave)
 	inside.Wait()
 	inside.Go(func() { <-entered })
-	if a := callOn(t, h, "GET /test", ""); a.status != 200 {
-		t.Errorf("with places free again: status = %d, want 200", a.status)
-	}
+	wantStatus(t, callOn(t, h, "GET /test", ""), 200)
 	inside.Wait()
 }
 
@@ -1371,9 +1380,7 @@ func TestLargeBodiesDoNotFillTheMemory(t *testing.T) {
 	if used := p.metrics(t).MemoryBytes - before; used > 4*maxLarge*maxBody {
 		t.Errorf("memory grew by %d bytes", used)
 	}
-	if a := p.ask("POST /users", aBody); a.status != 201 {
-		t.Errorf("beside large bodies: status = %d, want 201; error %v", a.status, a.err)
-	}
+	wantStatus(t, p.ask("POST /users", aBody), 201)
 }
 
 func TestHeadersThatCostTooMuch(t *testing.T) {
@@ -1547,9 +1554,7 @@ func TestGoodParameters(t *testing.T) {
 		"limit=1", "limit=001", "limit=%31", "limit=101", "limit=99999999999999999999", "Limit=x", "nobody=%zz&%zz=1&&=&", "limit=1&fetch_size=99999999999999999999&age_filter=151", "age_filter=0",
 	} {
 		for _, path := range []string{"/users", "/users/stream", "/users/stream/pages"} {
-			if a := call(t, "GET "+path+"?"+query, ""); a.status != 200 {
-				t.Errorf("GET %s?%s: status = %d, want 200; body: %s", path, query, a.status, a.body)
-			}
+			wantStatus(t, call(t, "GET "+path+"?"+query, ""), 200)
 		}
 	}
 }
@@ -1629,7 +1634,7 @@ func TestDrain(t *testing.T) {
 		"SIGINT":  func(t *testing.T, p *process) { p.Process.Signal(syscall.SIGINT) },
 		"POST shutdown": func(t *testing.T, p *process) {
 			if a := p.ask("POST /shutdown", ""); a.status != 200 || a.body != `{"message":"Shutdown initiated"}`+"\n" {
-				t.Errorf("status = %d, want 200; body: %s", a.status, a.body)
+				t.Errorf("%s; want 200", a)
 			}
 		},
 	}
@@ -1641,7 +1646,7 @@ func TestDrain(t *testing.T) {
 			stop(t, p)
 			p.wantDraining(t)
 			if a := <-inFlight; a.status != 200 || !strings.Contains(a.body, "Slow query completed") {
-				t.Errorf("in flight: status = %d, want 200; body: %s", a.status, a.body)
+				t.Errorf("in flight: %s; want 200", a)
 			}
 			p.wantExit(t, 0, 15*time.Second)
 			if _, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://")); err == nil {
@@ -1656,9 +1661,7 @@ func TestDrainUnderLoad(t *testing.T) {
 	var inFlight, late sync.WaitGroup
 	for range 100 {
 		inFlight.Go(func() {
-			if a := p.ask("GET /slow_query", ""); a.status != 200 {
-				t.Errorf("/slow_query: status = %d, want 200; error %v", a.status, a.err)
-			}
+			wantStatus(t, p.ask("GET /slow_query", ""), 200)
 		})
 	}
 	if !waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 4*time.Second) {
@@ -1672,7 +1675,7 @@ func TestDrainUnderLoad(t *testing.T) {
 					return
 				}
 				if a.status != 201 {
-					t.Errorf("POST /users: status = %d, want 201, or 503 when draining; error %v", a.status, a.err)
+					t.Errorf("%s; want 201, or 503 when draining", a)
 					return
 				}
 			}
@@ -1682,7 +1685,7 @@ func TestDrainUnderLoad(t *testing.T) {
 	p.Process.Signal(syscall.SIGTERM)
 	late.Wait()
 	if a := p.ask("GET /health", ""); a.status != 503 || !strings.Contains(a.body, `"status":"draining"`) {
-		t.Errorf("/health: status = %d, body %s, want 503 draining", a.status, a.body)
+		t.Errorf("%s; want 503 draining", a)
 	}
 	inFlight.Wait()
 	p.wantExit(t, 0, 15*time.Second)
@@ -1717,7 +1720,7 @@ func TestShutdownTimeoutCutsStreamsVisibly(t *testing.T) {
 	batch := "[" + strings.Repeat(one+",", 79) + one + "]"
 	for range 20 {
 		if a := p.ask("POST /users/batch", batch); a.status != 201 && a.status != 504 { // a busy node; some rows will do
-			t.Fatalf("status = %d, want 201; body: %s", a.status, a.body)
+			t.Fatalf("%s; want 201", a)
 		}
 	}
 	conn := openReader(t, p.url, "/users/stream", 1000)
@@ -1749,7 +1752,7 @@ func wantHealth(t testing.TB, a answer, verdict string, connected bool, keyspace
 	}
 	want := fmt.Sprintf(`{"status":%q,"cassandra":%q,"cassandra_connected":%t,"keyspace":%q,measured}`+"\n", verdict, cassandra, connected, keyspace)
 	if got := measured.ReplaceAllString(a.body, "measured"); a.status != status || got != want {
-		t.Errorf("status = %d, want %d\nbody %swant %s", a.status, status, got, want)
+		t.Errorf("%s, want %d %s", a, status, want)
 	}
 	if a.header.Get("Content-Type") != "application/json" || (a.header.Get("Retry-After") == "1") != (status == 503) {
 		t.Errorf("header = %v", a.header)
@@ -1770,21 +1773,19 @@ func TestServiceStartsWithoutCassandra(t *testing.T) {
 	if took := time.Since(start); took > 3*time.Second {
 		t.Errorf("listening after %s, want within a second", took)
 	}
-	if a := p.ask("GET /", ""); a.status != 200 {
-		t.Errorf("GET /: status = %d, want 200", a.status)
-	}
+	wantStatus(t, p.ask("GET /", ""), 200)
 	for _, request := range []string{"GET /users", "GET /users/stream", "GET /users/stream/pages", "GET /users/" + uuid.NewString(), "DELETE /users/" + uuid.NewString(), "POST /users"} {
 		a := p.ask(request, aBody)
 		wantProblem(t, a, 503, notAvailable)
 		if a.took > 6*time.Second {
-			t.Errorf("%s: answered after %s", request, a.took)
+			t.Errorf("%s; want it sooner", a)
 		}
 	}
 	wantHealth(t, p.ask("GET /health", ""), "unhealthy", false, keyspace)
 	startProxy(t, listen(t, addr))
 	p.awaitHealthy(t, 15*time.Second)
 	if a := p.ask("GET /users", ""); a.status != 200 || a.body != "[]\n" {
-		t.Errorf("GET /users: status = %d, want 200; body: %s", a.status, a.body)
+		t.Errorf("%s; want 200 and no users", a)
 	}
 }
 
@@ -1810,10 +1811,8 @@ func TestInstancesThatStartTogether(t *testing.T) {
 		p.awaitHealthy(t, 15*time.Second)
 	}
 	location := instances[0].ask("POST /users", aBody).header.Get("Location")
-	for i, p := range instances {
-		if a := p.ask("GET "+location, ""); a.status != 200 {
-			t.Errorf("instance %d: status = %d, want 200; body: %s", i, a.status, a.body)
-		}
+	for _, p := range instances {
+		wantStatus(t, p.ask("GET "+location, ""), 200)
 	}
 }
 
@@ -1831,7 +1830,7 @@ func TestRestartKeepsUsers(t *testing.T) {
 	p = startHealthy(t, "CASSANDRA_KEYSPACE="+keyspace)
 	for location, want := range kept {
 		if a := p.ask("GET "+location, ""); a.body != want {
-			t.Errorf("GET %s: %s, want %s", location, a.body, want)
+			t.Errorf("%s; want %s", a, want)
 		}
 	}
 	if all := decode[[]userJSON](t, p.ask("GET /users?limit=100", ""), 200); len(all) != 20 {
@@ -1960,20 +1959,20 @@ func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
 	var health sync.WaitGroup
 	health.Go(func() {
 		if a := p.ask("GET /health", ""); a.status != 503 || a.took > 3*healthTimeout {
-			t.Errorf("/health: status = %d after %s, want 503 after %s", a.status, a.took, healthTimeout)
+			t.Errorf("%s; want 503 after %s", a, healthTimeout)
 		}
 	})
-	askEverything(p, func(request string, a answer) {
+	askEverything(p, func(a answer) {
 		if a.status != 504 || !strings.Contains(a.body, `"detail":"timeout`) || a.took < 500*time.Millisecond || a.took > 1500*time.Millisecond {
-			t.Errorf("%s: status = %d after %s, want 504 after 0.5 s; body %s, error %v", request, a.status, a.took, a.body, a.err)
+			t.Errorf("%s; want 504 after 0.5 s", a)
 		}
 	}, "X-Request-Timeout: 0.5")
 	if a := p.ask("GET /health", "", "X-Request-Timeout: 0.1"); a.status != 503 || a.took > 300*time.Millisecond {
-		t.Errorf("/health with 0.1 s: status = %d after %s, want 503", a.status, a.took)
+		t.Errorf("%s; want 503 after 0.1 s", a)
 	}
 	for _, path := range []string{"/", "/metrics"} {
 		if a := p.ask("GET "+path, ""); a.status != 200 || a.took > 300*time.Millisecond {
-			t.Errorf("%s: status = %d after %s, want 200 at once", path, a.status, a.took)
+			t.Errorf("%s; want 200 at once", a)
 		}
 	}
 	health.Wait()
@@ -2007,7 +2006,7 @@ func TestFrozenConnectionsAreReplaced(t *testing.T) {
 	p, proxy := startBehindProxy(t)
 	outage(t, p, proxy.freeze, func() {}) // which the driver alone ends after 96 s
 	if a := p.ask("GET /context_manager_safety/status", ""); !strings.Contains(a.body, `"session_id":"2"`) {
-		t.Errorf("the session was not replaced once: %s", a.body)
+		t.Errorf("the session was not replaced once: %s", a)
 	}
 }
 
@@ -2084,7 +2083,7 @@ func (l *load) send(may map[int]bool, request, body string, want, age int) answe
 	isChange := !strings.HasPrefix(request, "GET ")
 	switch {
 	case a.err != nil:
-		l.fault("%s got no answer: %v", request, a.err)
+		l.fault("%s", a)
 		may[age] = true
 	case a.status == want && isChange:
 		clear(may)
@@ -2092,7 +2091,7 @@ func (l *load) send(may map[int]bool, request, body string, want, age int) answe
 	case a.status == 504 && isChange:
 		may[age] = true
 	case a.status != want && a.status != 503 && a.status != 504:
-		l.fault("%s: status = %d, want %d: %s", request, a.status, want, a.body)
+		l.fault("%s; want %d", a, want)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -2116,7 +2115,7 @@ func (l *load) stream(t testing.TB) {
 	user := `{"name":"elder","email":"ada@example.com","age":150}`
 	for range elders / maxBatch {
 		if a := l.p.ask("POST /users/batch", "["+strings.Repeat(user+",", maxBatch-1)+user+"]"); a.status != 201 {
-			t.Fatalf("batch: status = %d, error %v", a.status, a.err)
+			t.Fatalf("%s; want 201", a)
 		}
 	}
 	whole := 0
@@ -2154,7 +2153,7 @@ func (l *load) check(t testing.TB) {
 	l.clients.Wait()
 	a := l.p.ask("GET /users/stream", "", "Accept: "+ndjson, "X-Request-Timeout: 60")
 	if a.err != nil || a.status != 200 {
-		t.Fatalf("reading all users: status = %d, error %v", a.status, a.err)
+		t.Fatalf("%s; want 200", a)
 	}
 	there := map[string]int{}
 	for line := range strings.Lines(a.body) {
@@ -2186,7 +2185,7 @@ func TestCutConnectionsLoseNothing(t *testing.T) {
 		for i := 0; l.ctx.Err() == nil; i++ {
 			name := selfTests[i%len(selfTests)]
 			if a := p.ask("POST /context_manager_safety/"+name, ""); a.status < 500 && (a.status != 200 || falseVerdict.MatchString(a.body)) || a.status == 500 {
-				t.Errorf("%s: status = %d, body %s, error %v", name, a.status, a.body, a.err)
+				t.Error(a)
 			}
 		}
 	})
@@ -2425,9 +2424,7 @@ func TestContentTypes(t *testing.T) {
 	wantProblem(t, call(t, "POST /users", aBody, patch), 415, asJSON)
 	wantProblem(t, call(t, "PUT /users/"+id, aBody, patch), 415, asJSON)
 	for _, taken := range []string{"Content-Type: application/json", patch, "Content-Type: Application/JSON", "Content-Type: application/json; charset=utf-8"} {
-		if a := call(t, "PATCH /users/"+id, aBody, taken); a.status != 200 {
-			t.Errorf("PATCH with %s: status = %d, want 200", taken, a.status)
-		}
+		wantStatus(t, call(t, "PATCH /users/"+id, aBody, taken), 200)
 	}
 }
 
@@ -2534,7 +2531,7 @@ func TestMissingAndDeletedUsers(t *testing.T) {
 			target := "/users/" + id
 			for range 2 {
 				if a := call(t, "DELETE "+target, ""); a.status != 204 || len(a.body) > 0 {
-					t.Errorf("DELETE: status = %d, want 204; body: %s", a.status, a.body)
+					t.Errorf("%s; want 204 and no body", a)
 				}
 			}
 			wantProblem(t, call(t, "PUT "+target, aBody), 404, "User not found")
@@ -2557,7 +2554,7 @@ func lostChanges(t *testing.T, n int, create func() (id string)) int {
 		method := []string{"PUT", "PATCH", "DELETE"}[i%3]
 		body := []string{`{"name":"Eve","email":"eve@example.com","age":77}`, `{"age":77}`, ""}[i%3]
 		if a := call(t, method+" "+target, body); a.status != []int{200, 200, 204}[i%3] {
-			t.Errorf("%s: status = %d; body: %s", method, a.status, a.body)
+			t.Error(a)
 		}
 		got := call(t, "GET "+target, "")
 		kept := method == "DELETE" && got.status == 404 || method != "DELETE" && strings.Contains(got.body, `"age":77`)
@@ -2631,7 +2628,7 @@ func TestRacingChangesLeaveNoHalfRows(t *testing.T) {
 				case 504:
 					unsure.Store(true)
 				default:
-					t.Errorf("%s: status = %d; body: %s", method, a.status, a.body)
+					t.Error(a)
 				}
 			})
 		}
@@ -3107,7 +3104,7 @@ func wantStartAgain(t testing.TB, what string, a answer) {
 	var p problem
 	json.Unmarshal([]byte(a.body), &p)
 	if a.status != 422 || len(p.Errors) != 1 || p.Errors[0].Parameter != "page_state" || !strings.HasSuffix(p.Errors[0].Detail, "; start again without page_state") {
-		t.Errorf("%s: answer %d %s", what, a.status, a.body)
+		t.Errorf("%s: %s", what, a)
 	}
 }
 
@@ -3205,9 +3202,7 @@ func TestForgedPageTokens(t *testing.T) {
 		s := *real
 		tt.forge(&s)
 		a := call(t, "GET /users/stream/pages?fetch_size=10&page_state="+s.token(pagesEndpoint), "")
-		if a.status != tt.status {
-			t.Errorf("%s: status = %d, want %d; %s", tt.name, a.status, tt.status, a.body)
-		}
+		wantStatus(t, a, tt.status)
 		if a.status == 422 {
 			wantStartAgain(t, tt.name, a)
 		}
@@ -3225,7 +3220,7 @@ func TestForgedPagingStates(t *testing.T) {
 		}
 		a := call(t, "GET /users/stream/pages?fetch_size=10&page_state="+s.token(pagesEndpoint), "")
 		if a.status != 200 && a.status != 422 {
-			t.Errorf("the paging state %x: %d %s", s.state, a.status, a.body)
+			t.Errorf("the paging state %x: %s", s.state, a)
 		}
 	}
 }
@@ -3323,7 +3318,7 @@ func TestSelfTestsAtOnceHarmNobody(t *testing.T) {
 		load.Go(func() {
 			for ctx.Err() == nil {
 				if a := call(t, "GET /users/stream", ""); a.status != 200 || a.body != before {
-					t.Errorf("GET /users/stream beside self-tests: status = %d, body %s, want %s", a.status, a.body, before)
+					t.Errorf("beside self-tests: %s; want %s", a, before)
 				}
 			}
 		})
@@ -3332,7 +3327,7 @@ func TestSelfTestsAtOnceHarmNobody(t *testing.T) {
 		running.Go(func() {
 			name := selfTests[i%len(selfTests)]
 			if a := call(t, "POST /context_manager_safety/"+name, ""); a.status != 200 || falseVerdict.MatchString(a.body) {
-				t.Errorf("%s: status = %d, body %s", name, a.status, a.body)
+				t.Error(a)
 			}
 		})
 	}
@@ -3372,9 +3367,7 @@ func TestSessionVerdictSeesASwappedOrClosedSession(t *testing.T) {
 	if closed := observeSession(); closed.open || closed.sameAs(swapped) {
 		t.Errorf("closed: %+v counts as %+v", closed, swapped)
 	}
-	if a := call(t, "POST /context_manager_safety/query_error", ""); a.status != 503 {
-		t.Errorf("query_error on a closed session: status = %d, want 503; body %s", a.status, a.body)
-	}
+	wantStatus(t, call(t, "POST /context_manager_safety/query_error", ""), 503)
 	global.session.Store(nil)
 	if none := observeSession(); none.open || none.sameAs(none) {
 		t.Errorf("no session: %+v counts as open", none)
@@ -3511,7 +3504,7 @@ func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
 		for i := range times {
 			a := p.ask("GET "+nobody, "")
 			if times[i] = a.took; a.status != 404 {
-				t.Fatalf("GET of a user: status = %d, error %v", a.status, a.err)
+				t.Fatalf("%s; want 404", a)
 			}
 		}
 		slices.Sort(times)
@@ -3523,14 +3516,14 @@ func TestSlowQueriesEndInTimeAndHoldUpNobody(t *testing.T) {
 		slow.Go(func() {
 			a := p.ask("GET /slow_query", "", "X-Request-Timeout: 20")
 			if a.status != 200 || !regexp.MustCompile(`^\{"message":"Slow query completed","duration":5\.\d+\}\n$`).MatchString(a.body) {
-				t.Errorf("with 20 s: status = %d, body %s, error %v", a.status, a.body, a.err)
+				t.Errorf("%s; want 200", a)
 			}
 		})
 	}
 	waitUntil(func() bool { return p.metrics(t).RequestsInFlight > 100 }, 3*time.Second)
 	for _, path := range []string{"/slow_query", "/long_running_query"} {
 		if a := p.ask("GET "+path, "", "X-Request-Timeout: 0.1"); a.status != 504 || !strings.Contains(a.body, "timeout") || a.took < 100*time.Millisecond || a.took > 300*time.Millisecond {
-			t.Errorf("%s with 0.1 s: status = %d after %s, body %s", path, a.status, a.took, a.body)
+			t.Errorf("%s; want 504 after 0.1 s", a)
 		}
 	}
 	if beside := median(); beside > 3*before+5*time.Millisecond {
@@ -3579,9 +3572,8 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 		queries, errs = queries+s.queries, errs+s.errs
 	}
 	take := func(s step) (a answer) {
-		if a = p.ask(s.request, s.body, s.headers...); a.status != s.status {
-			t.Errorf("%s: status = %d, want %d", s.request, a.status, s.status)
-		}
+		a = p.ask(s.request, s.body, s.headers...)
+		wantStatus(t, a, s.status)
 		expect(s)
 		return a
 	}
@@ -3995,7 +3987,7 @@ func TestExamplesOfOpenAPIWork(t *testing.T) {
 					}
 					a := operation.callExample(t, pattern, contentType, accept)
 					if got := strconv.Itoa(a.status); got != status {
-						t.Fatalf("status = %s, want %s; body: %s", got, status, a.body)
+						t.Fatalf("%s; want %s", a, status)
 					}
 					operation.wantDocumented(t, a, status, accept)
 				})
@@ -4247,7 +4239,7 @@ func TestSlowSendersAreCutOff(t *testing.T) {
 			go func() { senders.Wait(); close(ended) }()
 			for running := true; running; {
 				if a := p.ask("POST /users", aBody); a.status != 201 || a.took > 5*time.Second {
-					t.Errorf("beside slow senders: status = %d after %s, error %v", a.status, a.took, a.err)
+					t.Errorf("beside slow senders: %s; want 201 at once", a)
 				}
 				select {
 				case <-ended:
@@ -4289,7 +4281,7 @@ func TestOverload(t *testing.T) {
 		for ; ctx.Err() == nil; pause(ctx, 50*time.Millisecond) {
 			a := p.ask("GET /health", "")
 			if slowest = max(slowest, a.took); a.status != 200 && a.status != 503 {
-				t.Errorf("/health under overload: status = %d, error %v", a.status, a.err)
+				t.Errorf("%s; want 200 or 503", a)
 			}
 		}
 	})
@@ -4341,9 +4333,9 @@ func TestSilentCassandraLeavesNothingBehind(t *testing.T) {
 	p, proxy := startBehindProxy(t)
 	before := p.metrics(t)
 	proxy.swallow(true)
-	askEverything(p, func(request string, a answer) {
+	askEverything(p, func(a answer) {
 		if a.status != 504 || a.took > defaultTimeout+time.Second {
-			t.Errorf("%s: status = %d after %s, want 504 within %s; error %v", request, a.status, a.took, defaultTimeout, a.err)
+			t.Errorf("%s; want 504 within %s", a, defaultTimeout)
 		}
 	})
 	proxy.swallow(false)
