@@ -1,7 +1,8 @@
 // The tests talk to a real Cassandra, through the real routes and middleware.
 // Most use the handler in process, on one keyspace that is thrown away. What
 // needs an empty table, other settings, an outage or a memory reading starts
-// the test binary again as the service, with a keyspace of its own.
+// the test binary again as the service, with a keyspace of its own. What starts,
+// asks and breaks a service comes first, then a section for each file.
 
 package main
 
@@ -394,7 +395,7 @@ func openReader(t testing.TB, url, target string, n int64) net.Conn {
 
 const anyPort = "127.0.0.1:0"
 
-// listen listens on an address of this machine, until the test ends at last.
+// listen listens on an address until the test ends.
 func listen(t testing.TB, addr string) net.Listener {
 	t.Helper()
 	listener, err := net.Listen("tcp", addr)
@@ -405,7 +406,7 @@ func listen(t testing.TB, addr string) net.Listener {
 	return listener
 }
 
-// closedAddress is one of this machine where nobody listens.
+// closedAddress is one where nobody listens.
 func closedAddress(t testing.TB) string {
 	t.Helper()
 	listener := listen(t, anyPort)
@@ -784,14 +785,20 @@ func startNode(t testing.TB, flags ...string) *node {
 	return n
 }
 
+// cluster is how to reach the node, or another of its cluster, at a host.
+func (n *node) cluster(host string) cluster {
+	_, port, _ := net.SplitHostPort(n.addr)
+	c := global.cluster
+	c.hosts = []string{host}
+	c.port, _ = strconv.Atoi(port)
+	return c
+}
+
 // open returns a session to the node.
 func (n *node) open(t testing.TB, keyspace string) *gocql.Session {
 	t.Helper()
-	c := global.cluster
+	c := n.cluster("127.0.0.1")
 	c.keyspace = keyspace
-	host, port, _ := net.SplitHostPort(n.addr)
-	c.hosts = []string{host}
-	c.port, _ = strconv.Atoi(port)
 	return openKeyspace(t, c)
 }
 
@@ -811,11 +818,8 @@ func (n *node) signal(t testing.TB, i int, sig syscall.Signal) {
 // awaitAnswer waits until the node answers CQL on an address of its own.
 func (n *node) awaitAnswer(t testing.TB, host string) {
 	t.Helper()
-	_, port, _ := net.SplitHostPort(n.addr)
-	c := cluster{hosts: []string{host}, consistency: gocql.One}
-	c.port, _ = strconv.Atoi(port)
 	answers := func() bool {
-		cfg := c.config(&countingDialer{})
+		cfg := n.cluster(host).config(&countingDialer{})
 		cfg.DisableInitialHostLookup = true
 		s, err := createSession(t.Context(), cfg)
 		if err != nil {
@@ -1937,10 +1941,7 @@ func TestOutageIsLoggedOnce(t *testing.T) {
 }
 
 func TestOverloadIsNoOutage(t *testing.T) {
-	closed, err := createSession(t.Context(), global.cluster.config(&countingDialer{}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	closed := openKeyspace(t, global.cluster)
 	closed.Close()
 	late := &session{Session: closed} // no ping will be answered here
 	counters.lastAnswer.Store(time.Now().UnixNano())
@@ -3349,11 +3350,7 @@ func TestSessionVerdictSeesASwappedOrClosedSession(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer global.session.Store(mine)
-	other, err := createSession(t.Context(), global.cluster.config(&countingDialer{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer other.Close()
+	other := openKeyspace(t, global.cluster)
 	before := observeSession()
 	if !observeSession().sameAs(before) {
 		t.Error("an untouched session counts as changed")
