@@ -1,10 +1,11 @@
-// This file answers one question: is Cassandra there? It holds the one global
-// session that every handler uses, connects it, creates what is missing of the
-// schema, watches it once a second, and replaces it when it stays dead. Up to
-// the handlers it leans on queryError, queryKind, read and isDigits of main.go, on
-// the dialer, the observer and the counters of metrics.go, and on the CREATE
-// statements of users.go and safety.go; the handlers also on readUser, life and
-// writeJSON.
+// This file is the connection to Cassandra: it holds the one global session that
+// every handler uses, connects it, creates what is missing of the schema, watches
+// it once a second, and replaces it when it stays dead. Up to the handlers it
+// leans on queryError, queryKind, read and isDigits of main.go, on the dialer, the
+// observer and the counters of metrics.go, and on the CREATE statements of
+// users.go and safety.go; the handlers also on readUser, timestamp and now of
+// users.go, milliseconds of metrics.go, and life, router, version, problem, isBug
+// and writeJSON of main.go.
 
 package main
 

@@ -43,6 +43,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/gocql/gocql"
+	"github.com/google/uuid"
 )
 
 const version = "1.0.0"
@@ -79,11 +80,12 @@ var errShutdown = errors.New("the service is shutting down")
 var docs embed.FS
 
 func main() {
-	// Two contexts, since stop ends its own: the handler is gone before run knows.
+	// stop makes a second signal fatal, but it also ends its own context; so run
+	// has another, which ends after that.
 	signalled, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	ctx, cancel := context.WithCancel(context.Background())
 	context.AfterFunc(signalled, func() {
-		stop() // so a second signal has its default effect
+		stop()
 		cancel()
 	})
 	if err := run(ctx, os.Getenv, os.Stderr); err != nil {
@@ -308,7 +310,7 @@ type router struct {
 	crossOrigin *http.CrossOriginProtection
 	notFound    *route
 	maxInFlight int64
-	inFlight    atomic.Int64 // of the routes that are not exempt
+	capped      atomic.Int64 // requests in flight that are not exempt from the cap
 	largeBodies atomic.Int64 // being received
 }
 
@@ -392,15 +394,15 @@ func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // ServeHTTP is the adapter every request passes: it gives the request its id,
 // turns the handler's error into a problem answer, or, after the status line,
 // into an aborted connection, and counts the outcome.
-func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	counters.inFlight.Add(1)
 	defer counters.inFlight.Add(-1)
 	rec := &recorder{ResponseWriter: w}
 	id := requestID(r)
 	rec.Header().Set("X-Request-Id", id)
-	status := rec.finish(r, id, rt.answer(rec, r))
-	rt.stats.count(status, time.Since(start))
+	status := rec.finish(r, id, line.answer(rec, r))
+	line.stats.count(status, time.Since(start))
 	if status == statusAborted || status == statusClientLeft {
 		panic(http.ErrAbortHandler) // the only way to make net/http cut the connection
 	}
@@ -408,7 +410,7 @@ func (rt *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // answer is the middleware: recover, drain, cross-origin check, deadline, body,
 // cap in flight; then the handler.
-func (rt *route) answer(w *recorder, r *http.Request) (err error) {
+func (line *route) answer(w *recorder, r *http.Request) (err error) {
 	defer func() {
 		switch v := recover(); v {
 		case nil:
@@ -418,14 +420,14 @@ func (rt *route) answer(w *recorder, r *http.Request) (err error) {
 			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 		}
 	}()
-	if life.draining.Load() && rt.traits&duringDrain == 0 {
+	if life.draining.Load() && line.traits&duringDrain == 0 {
 		w.Header().Set("Connection", "close")
 		return unavailable("The service is draining; send the request to another instance")
 	}
-	if err := rt.crossOrigin.Check(r); err != nil {
+	if err := line.crossOrigin.Check(r); err != nil {
 		return &problem{Status: http.StatusForbidden, Detail: "Browsers may not write from a page of another origin"}
 	}
-	timeout, err := requestTimeout(r, rt.traits&noDeadline != 0)
+	timeout, err := requestTimeout(r, line.traits&noDeadline != 0)
 	if err != nil {
 		return err
 	}
@@ -435,16 +437,16 @@ func (rt *route) answer(w *recorder, r *http.Request) (err error) {
 		defer cancel()
 		r = r.WithContext(ctx)
 	}
-	if err := rt.receiveBody(w, r, bodyTimeout); err != nil {
+	if err := line.receiveBody(w, r, bodyTimeout); err != nil {
 		return err
 	}
-	if rt.traits&exempt == 0 {
-		defer rt.inFlight.Add(-1)
-		if rt.inFlight.Add(1) > rt.maxInFlight {
+	if line.traits&exempt == 0 {
+		defer line.capped.Add(-1)
+		if line.capped.Add(1) > line.maxInFlight {
 			return unavailable("Too many requests at once; try again in a second")
 		}
 	}
-	return rt.handle(w, r)
+	return line.handle(w, r)
 }
 
 var requestIDs = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
@@ -554,7 +556,7 @@ func (w *recorder) finish(r *http.Request, id string, err error) int {
 	if p.Status == statusClientLeft {
 		return statusClientLeft
 	}
-	if err != error(p) {
+	if err != error(p) { // a problem of the handler's own making is the client's fault
 		slog.Error("request failed", "request_id", id, "method", r.Method, "path", r.URL.Path, "status", p.Status, "started", w.status != 0, "error", err)
 	}
 	if w.status != 0 {
@@ -622,7 +624,9 @@ func (e *queryError) Error() string { return e.doing + ": " + e.err.Error() }
 func (e *queryError) Unwrap() error { return e.err }
 
 // asProblem is the one table from errors to answers. What the driver says stays
-// in the log. A write that failed is 503 only if it surely was not sent.
+// in the log. A write that failed is 503 only if it surely was not sent. r is the
+// request as it came, without its deadline: its context ends only when the client
+// leaves or the drain cuts it.
 func asProblem(r *http.Request, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
@@ -727,6 +731,9 @@ func inBody(pointer, detail string) fieldError {
 	return fieldError{Pointer: &pointer, Detail: detail}
 }
 
+// pointerEscaper makes a member's name a part of a JSON Pointer.
+var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
+
 // member is a name and its value in a JSON object.
 type member struct {
 	name  string
@@ -749,6 +756,55 @@ func objectMembers(object json.RawMessage) (members []member, ok bool) {
 		members = append(members, m)
 	}
 	return members, true
+}
+
+// parseText returns a JSON string's text, or nil if raw is something else.
+func parseText(raw json.RawMessage) *string {
+	var text *string
+	if json.Unmarshal(raw, &text) != nil || text == nil || hasLoneSurrogate(raw) {
+		return nil
+	}
+	return text
+}
+
+// escapes matches a surrogate pair, half a one (as its group), any other escape.
+var escapes = regexp.MustCompile(`\\u(?i:d[89ab]..)\\u(?i:d[c-f]..)|(\\u(?i:d[89a-f]..))|\\.`)
+
+// hasLoneSurrogate finds half a surrogate pair in a JSON string: encoding/json
+// turns it into U+FFFD in silence.
+func hasLoneSurrogate(raw json.RawMessage) bool {
+	return slices.ContainsFunc(escapes.FindAllSubmatch(raw, -1), func(match [][]byte) bool { return match[1] != nil })
+}
+
+// parseInteger returns the whole number that a JSON number is, however it is
+// written (30, 30.0, 3e1), in exact decimal; ok is false for a fraction. What has
+// more than nine digits comes back as a thousand million with its sign.
+func parseInteger(number string) (n int, ok bool) {
+	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
+	digits, negative := strings.CutPrefix(mantissa, "-")
+	if digits == "" || digits[0] < '0' || digits[0] > '9' {
+		return 0, false // a string, null or the like
+	}
+	whole, fraction, _ := strings.Cut(digits, ".")
+	shift, _ := strconv.Atoi(cmp.Or(exponent, "0")) // out of range it is the nearest
+	shift = max(-1<<30, min(shift, 1<<30))          // far more than a body has digits, and sums do not overflow
+	digits = strings.TrimLeft(whole+fraction, "0")
+	significant := strings.TrimRight(digits, "0")
+	zeros := shift - len(fraction) + len(digits) - len(significant)
+	switch {
+	case significant == "":
+		return 0, true
+	case zeros < 0:
+		return 0, false
+	case len(significant)+zeros > 9:
+		n = 1_000_000_000
+	default:
+		n, _ = strconv.Atoi(significant + strings.Repeat("0", zeros))
+	}
+	if negative {
+		n = -n
+	}
+	return n, true
 }
 
 // writeJSON answers with a status and a JSON body, encoded before the status is
@@ -828,6 +884,17 @@ func (p *parameters) err() error {
 		return nil
 	}
 	return invalid(p.errs...)
+}
+
+// pathID is the {id} of the path; uuid.Parse alone also takes braces, a urn:
+// prefix and 32 bare digits.
+func pathID(r *http.Request) (uuid.UUID, error) {
+	text := r.PathValue("id")
+	id, err := uuid.Parse(text)
+	if err != nil || len(text) != 36 {
+		return uuid.Nil, &problem{Status: http.StatusBadRequest, Detail: "Invalid UUID format"}
+	}
+	return id, nil
 }
 
 func isDigits(text string) bool {

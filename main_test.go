@@ -2578,7 +2578,7 @@ func TestChangesRightAfterCreationAreKept(t *testing.T) {
 func TestChangesAreLostAfterAnInsertFromTheFuture(t *testing.T) {
 	for ahead := 5 * time.Millisecond; ahead < time.Minute; ahead *= 5 {
 		lost := lostChanges(t, 90, func() string {
-			given := fields{name: new("Ada"), email: new("ada@example.com"), age: new(36)}
+			given := userFields{name: new("Ada"), email: new("ada@example.com"), age: new(36)}
 			u := given.newUser()
 			stamp := time.Now().Add(ahead).UnixMicro()
 			if err := global.session.Load().Query(insertUser, u.values()...).WithTimestamp(stamp).Exec(); err != nil {

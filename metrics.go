@@ -2,8 +2,8 @@
 // in Prometheus' text format, without ever asking Cassandra: atomic counters,
 // filled by the middleware, by the driver's observers and by a dialer that
 // counts connections. Up to /performance, which measures the reads of users.go and
-// stream.go, it leans on four names of main.go: preferred, statusAborted,
-// writeBody and writeJSON.
+// stream.go and alone needs math/rand and uuid, it leans on four names of main.go:
+// preferred, statusAborted, writeBody and writeJSON.
 
 package main
 

@@ -2,8 +2,10 @@
 // (or NDJSON) row by row, or page by page with a token for the next. It shows
 // token ranges read side by side, back-pressure, cancellation, and why a stream
 // that fails must abort its connection. It leans on main.go (parameters,
-// preferred, problems, writeJSON), health.go (currentSession, failed), users.go
-// (timestamp, maxAge) and three counters of metrics.go.
+// preferred, invalid, unavailable, fieldError, writeJSON, read; and for the abort
+// and the deadline of each write on route.ServeHTTP, recorder and
+// limitSendBuffer), health.go (currentSession, failed), users.go (timestamp,
+// maxAge) and three counters of metrics.go.
 
 package main
 
@@ -278,7 +280,7 @@ func (s *scan) fetch(ctx context.Context, size int) (page, error) {
 	}
 	start := time.Now()
 	rows := db.Query(statement, values...).WithContext(ctx).PageSize(min(size, s.left)).PageState(s.state).Iter()
-	if rows.NumRows() == 0 { // as with every failed query; Close would take the rows away
+	if rows.NumRows() == 0 { // as after every failure; Close would take away rows that are there
 		if err := rows.Close(); err != nil {
 			return s.retryNarrower(ctx, size, err)
 		}

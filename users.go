@@ -6,15 +6,12 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/mail"
-	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -81,7 +78,7 @@ func postUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	given, errs := parseFields(body, "", true)
+	given, errs := parseUserFields(body, "", true)
 	if errs != nil {
 		return invalid(errs...)
 	}
@@ -135,7 +132,7 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 	users := make([]user, len(elements))
 	size := 0
 	for i, element := range elements {
-		given, wrong := parseFields(element, "/"+strconv.Itoa(i), true)
+		given, wrong := parseUserFields(element, "/"+strconv.Itoa(i), true)
 		if errs = append(errs, wrong...); errs == nil {
 			users[i] = given.newUser()
 			size += users[i].bytes()
@@ -185,14 +182,14 @@ func changeUser(w http.ResponseWriter, r *http.Request, whole bool, mediaTypes .
 	if err != nil {
 		return err
 	}
-	given, errs := parseFields(body, "", whole)
-	if errs == nil && given == (fields{}) {
-		errs = []fieldError{inBody("", "must have at least one of "+fieldNames)}
+	given, errs := parseUserFields(body, "", whole)
+	if errs == nil && given == (userFields{}) {
+		errs = []fieldError{inBody("", "must have at least one of "+userFieldNames)}
 	}
 	if errs != nil {
 		return invalid(errs...)
 	}
-	u, err := updateAndRead(r.Context(), id, given)
+	u, err := updateUserAndRead(r.Context(), id, given)
 	if err != nil {
 		return err
 	}
@@ -205,22 +202,11 @@ func deleteUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := removeRow(r.Context(), id); err != nil {
+	if err := removeUserRow(r.Context(), id); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
-}
-
-// pathID is the {id} of the path; uuid.Parse alone also takes braces, a urn:
-// prefix and 32 bare digits.
-func pathID(r *http.Request) (uuid.UUID, error) {
-	text := r.PathValue("id")
-	id, err := uuid.Parse(text)
-	if err != nil || len(text) != 36 {
-		return uuid.Nil, &problem{Status: http.StatusBadRequest, Detail: "Invalid UUID format"}
-	}
-	return id, nil
 }
 
 func userNotFound() *problem {
@@ -260,16 +246,16 @@ func readUser(ctx context.Context, id uuid.UUID) (user, error) {
 		return user{}, err
 	}
 	u := user{ID: id}
-	err = db.Query(selectUser, gocql.UUID(id)).WithContext(ctx).Scan(&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt))
+	err = db.Query(selectUser, gocql.UUID(id)).WithContext(ctx).Scan(u.columns()...)
 	if errors.Is(err, gocql.ErrNotFound) {
 		return user{}, userNotFound()
 	}
 	return u, failed(read, err, "reading user %s", id)
 }
 
-// updateAndRead changes the given fields and returns the whole user, which an
+// updateUserAndRead changes the given fields and returns the whole user, which an
 // UPDATE … IF EXISTS does not; its error is a 404 *problem when there is none.
-func updateAndRead(ctx context.Context, id uuid.UUID, given fields) (user, error) {
+func updateUserAndRead(ctx context.Context, id uuid.UUID, given userFields) (user, error) {
 	db, err := currentSession()
 	if err != nil {
 		return user{}, err
@@ -289,8 +275,8 @@ func updateAndRead(ctx context.Context, id uuid.UUID, given fields) (user, error
 	return u, err
 }
 
-// removeRow deletes a user; that there is none is no error.
-func removeRow(ctx context.Context, id uuid.UUID) error {
+// removeUserRow deletes a user; that there is none is no error.
+func removeUserRow(ctx context.Context, id uuid.UUID) error {
 	db, err := currentSession()
 	if err != nil {
 		return err
@@ -304,6 +290,11 @@ func (u user) values() []any {
 	return []any{gocql.UUID(u.ID), u.Name, u.Email, u.Age, int64(u.CreatedAt), int64(u.UpdatedAt)}
 }
 
+// columns are where selectUser's go.
+func (u *user) columns() []any {
+	return []any{&u.Name, &u.Email, &u.Age, (*int64)(&u.CreatedAt), (*int64)(&u.UpdatedAt)}
+}
+
 // userOverhead is what Cassandra 5.0 counts of a user in a batch besides the
 // name and the email: the other values, and the header of every column. A new
 // column adds to it; TestLargestBatchIsTakenByCassandra tells.
@@ -312,21 +303,21 @@ const userOverhead = 170 // bytes
 // bytes is the user's size in a batch as Cassandra counts it.
 func (u user) bytes() int { return userOverhead + len(u.Name) + len(u.Email) }
 
-// fields are the fields that a client may set; nil where it did not.
-type fields struct {
+// userFields are those that a client may set; nil where it did not.
+type userFields struct {
 	name, email *string
 	age         *int
 }
 
 // newUser makes a user with a fresh id of fields that are all given.
-func (f fields) newUser() user {
+func (f userFields) newUser() user {
 	created := now()
 	return user{ID: uuid.New(), Name: *f.name, Email: *f.email, Age: *f.age, CreatedAt: created, UpdatedAt: created}
 }
 
 // values are the first that updateUser takes. An unset one leaves its column
 // alone; nil would write a tombstone.
-func (f fields) values() []any {
+func (f userFields) values() []any {
 	values := []any{gocql.UnsetValue, gocql.UnsetValue, gocql.UnsetValue}
 	if f.name != nil {
 		values[0] = *f.name
@@ -341,23 +332,23 @@ func (f fields) values() []any {
 }
 
 const (
-	fieldNames = "name, email and age"
-	nameRule   = "must be text of 1 to 100 characters, not blank"
-	emailRule  = "must be one plain address of at most 254 bytes, as in ada@example.com"
-	ageRule    = "must be a whole number from 0 to 150"
+	userFieldNames = "name, email and age"
+	nameRule       = "must be text of 1 to 100 characters, not blank"
+	emailRule      = "must be one plain address of at most 254 bytes, as in ada@example.com"
+	ageRule        = "must be a whole number from 0 to 150"
 )
 
-// parseFields reads a user at a JSON Pointer of the body and returns all that
+// parseUserFields reads a user at a JSON Pointer of the body and returns all that
 // is wrong with it. Where whole is set, no field may be missing.
-func parseFields(raw json.RawMessage, at string, whole bool) (fields, []fieldError) {
-	var given fields
+func parseUserFields(raw json.RawMessage, at string, whole bool) (userFields, []fieldError) {
+	var given userFields
 	var errs []fieldError
 	reject := func(name, detail string) {
 		errs = append(errs, inBody(at+"/"+pointerEscaper.Replace(name), detail))
 	}
 	members, ok := objectMembers(raw)
 	if !ok {
-		return given, []fieldError{inBody(at, "must be an object with "+fieldNames)}
+		return given, []fieldError{inBody(at, "must be an object with "+userFieldNames)}
 	}
 	seen := map[string]bool{}
 	for _, m := range members {
@@ -380,10 +371,8 @@ func parseFields(raw json.RawMessage, at string, whole bool) (fields, []fieldErr
 	return given, errs
 }
 
-var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
-
 // set takes over a member, or returns the rule that it breaks.
-func (f *fields) set(m member) (rule string) {
+func (f *userFields) set(m member) (rule string) {
 	switch m.name {
 	case "name":
 		if f.name = parseText(m.value); f.name == nil || utf8.RuneCountInString(*f.name) > maxName || strings.TrimSpace(*f.name) == "" {
@@ -404,7 +393,7 @@ func (f *fields) set(m member) (rule string) {
 		f.age = &n
 	case "id", "created_at", "updated_at": // the server's: what GET answered can be PUT back
 	default:
-		return "is not a field of a user; those are " + fieldNames + ", spelled so"
+		return "is not a field of a user; those are " + userFieldNames + ", spelled so"
 	}
 	return ""
 }
@@ -416,53 +405,4 @@ func isAddress(text string) bool {
 	}
 	address, err := mail.ParseAddress(text)
 	return err == nil && address.Address == text
-}
-
-// parseText returns a JSON string's text, or nil if raw is something else.
-func parseText(raw json.RawMessage) *string {
-	var text *string
-	if json.Unmarshal(raw, &text) != nil || text == nil || hasLoneSurrogate(raw) {
-		return nil
-	}
-	return text
-}
-
-// escapes matches a surrogate pair, half a one (as its group), any other escape.
-var escapes = regexp.MustCompile(`\\u(?i:d[89ab]..)\\u(?i:d[c-f]..)|(\\u(?i:d[89a-f]..))|\\.`)
-
-// hasLoneSurrogate finds half a surrogate pair in a JSON string: encoding/json
-// turns it into U+FFFD in silence.
-func hasLoneSurrogate(raw json.RawMessage) bool {
-	return slices.ContainsFunc(escapes.FindAllSubmatch(raw, -1), func(match [][]byte) bool { return match[1] != nil })
-}
-
-// parseInteger returns the whole number that a JSON number is, however it is
-// written (30, 30.0, 3e1), in exact decimal; ok is false for a fraction. What has
-// more than nine digits comes back as a thousand million with its sign.
-func parseInteger(number string) (n int, ok bool) {
-	mantissa, exponent, _ := strings.Cut(strings.ToLower(number), "e")
-	digits, negative := strings.CutPrefix(mantissa, "-")
-	if digits == "" || digits[0] < '0' || digits[0] > '9' {
-		return 0, false // a string, null or the like
-	}
-	whole, fraction, _ := strings.Cut(digits, ".")
-	shift, _ := strconv.Atoi(cmp.Or(exponent, "0")) // out of range it is the nearest
-	shift = max(-1<<30, min(shift, 1<<30))          // far more than a body has digits, and sums do not overflow
-	digits = strings.TrimLeft(whole+fraction, "0")
-	significant := strings.TrimRight(digits, "0")
-	zeros := shift - len(fraction) + len(digits) - len(significant)
-	switch {
-	case significant == "":
-		return 0, true
-	case zeros < 0:
-		return 0, false
-	case len(significant)+zeros > 9:
-		n = 1_000_000_000
-	default:
-		n, _ = strconv.Atoi(significant + strings.Repeat("0", zeros))
-	}
-	if negative {
-		n = -n
-	}
-	return n, true
 }
