@@ -2837,7 +2837,7 @@ func walkPages(t testing.TB, query string, fetchSizes ...int) (all []userJSON) {
 	t.Helper()
 	for i := 0; ; i++ {
 		size := fetchSizes[i%len(fetchSizes)]
-		a := call(t, "GET "+fmt.Sprintf("/users/stream/pages?%s&fetch_size=%d", query, size), "")
+		a := call(t, fmt.Sprintf("GET /users/stream/pages?%s&fetch_size=%d", query, size), "")
 		p := decode[pageJSON](t, a, 200)
 		if len(p.Users) > size || p.Users == nil || p.HasMore != (p.PageState != nil) {
 			t.Fatalf("%d users at fetch_size %d, has_more %t, page_state %v", len(p.Users), size, p.HasMore, p.PageState)
