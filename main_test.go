@@ -3470,7 +3470,6 @@ func TestCancellationVerdicts(t *testing.T) {
 }
 
 func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
-	r := httptest.NewRequestWithContext(t.Context(), "POST", "/context_manager_safety/query_error", nil)
 	tests := []struct {
 		name string
 		err  error
@@ -3482,14 +3481,10 @@ func TestSelfTestWithoutCassandraIsNoVerdict(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			w := httptest.NewRecorder()
-			status := 200
-			if err := report(w, r, queryErrorReport{}, nil, tt.err); err != nil {
-				status = asProblem(r, err).Status
-			}
-			if status != tt.want {
-				t.Errorf("status = %d, want %d", status, tt.want)
-			}
+			h := routed(1, func(w http.ResponseWriter, r *http.Request) error {
+				return report(w, r, queryErrorReport{}, nil, tt.err)
+			})
+			wantStatus(t, callOn(t, h, "GET /test", ""), tt.want)
 		})
 	}
 }
