@@ -4348,7 +4348,7 @@ func TestOutages(t *testing.T) {
 	outage(t, p, stopped, func() { time.Sleep(20 * time.Second); n.signal(t, 0, syscall.SIGCONT) })
 	n.signal(t, 0, syscall.SIGKILL)
 	second := startService(t, cassandraAt(n.addr)...) // while it is not there
-	second.awaitRefusal(t, "connection refused")
+	second.awaitRefusal(t, "unable to connect to initial hosts")
 	n.awaitAnswer(t, "127.0.0.1")
 	p.awaitHealthy(t, 15*time.Second)
 	second.awaitHealthy(t, 15*time.Second)
