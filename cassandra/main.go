@@ -561,6 +561,7 @@ func (c *cluster) javaArgs(n *node, config string) []string {
 		"-Dcassandra-foreground=yes",
 		"-Dcassandra.config="+(&url.URL{Scheme: "file", Path: config}).String(),
 		"-Dcassandra.storagedir="+n.dir,
+		"-Dcassandra.commitlog.ignorereplayerrors=true", // a SIGKILL can tear what was not acknowledged yet
 		"-Dcassandra.superuser_setup_delay_ms=0",
 		"-Dcassandra.shutdown_announce_in_ms=0",
 		"-Dorg.slf4j.simpleLogger.showDateTime=true",
