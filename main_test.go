@@ -5067,21 +5067,7 @@ func loadUsers(b testing.TB, n int) {
 	if err := admin.Query(`TRUNCATE "` + global.cluster.keyspace + `".users`).Exec(); err != nil {
 		b.Fatal(err)
 	}
-	var next atomic.Int64
-	var loading sync.WaitGroup
-	for range 64 {
-		loading.Go(func() {
-			for i := next.Add(1); i <= int64(n); i = next.Add(1) {
-				at := now()
-				u := user{ID: uuid.New(), Name: fmt.Sprintf("User %d", i), Email: fmt.Sprintf("user%d@example.com", i), Age: int(i % 100), CreatedAt: at, UpdatedAt: at}
-				if err := createUser(b.Context(), u); err != nil {
-					b.Error(err)
-					return
-				}
-			}
-		})
-	}
-	loading.Wait()
+	insertUsers(b, global.session.Load().Session, n, func(i int) int { return i % 100 })
 }
 
 // BenchmarkCounting shows what the metrics cost a request: one query, one
