@@ -3088,6 +3088,61 @@ func TestStreamThatFailsBeforeItsFirstPage(t *testing.T) {
 	}
 }
 
+// The later the part, the sooner it has its pages.
+func TestPartsAreReadSideBySideInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var open, fetched atomic.Int64
+		pages := make([]gocql.Iter, 20) // two for each of ten parts
+		parts := func(yield func(nextPage) bool) {
+			for i := 0; i < len(pages); i += 2 {
+				next := i
+				if !yield(func(context.Context) (page, error) {
+					time.Sleep(time.Duration(len(pages)-i) * time.Second)
+					fetched.Add(1)
+					next++
+					return page{rows: &pages[next-1], more: next < i+2}, nil
+				}) {
+					return
+				}
+			}
+		}
+		i := 0
+		for got, err := range pagesAhead(t.Context(), &open, parts) {
+			if got != &pages[i] || err != nil {
+				t.Fatalf("page %d: %p, %v, want %p", i, got, err, &pages[i])
+			}
+			i++
+			time.Sleep(time.Hour)
+			if n := fetched.Load(); n > int64(i+sideBySide) {
+				t.Errorf("%d pages fetched while the reader has taken %d, want at most %d ahead", n, i, sideBySide)
+			}
+			if i == 15 {
+				break
+			}
+		}
+		if open.Load() != 0 { // and no goroutine is left, or synctest would fail
+			t.Errorf("%d walks are open", open.Load())
+		}
+	})
+}
+
+func TestFailedPartEndsTheWalkInItsPlace(t *testing.T) {
+	boom := errors.New("boom")
+	var got []error
+	var open atomic.Int64
+	parts := slices.Values([]nextPage{
+		func(context.Context) (page, error) { return page{rows: new(gocql.Iter)}, nil },
+		func(context.Context) (page, error) { return page{}, boom },
+		func(context.Context) (page, error) { return page{rows: new(gocql.Iter)}, nil },
+	})
+	for _, err := range pagesAhead(t.Context(), &open, parts) {
+		got = append(got, err)
+	}
+	if want := []error{nil, boom}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
 func TestStreamsLeaveNothingBehind(t *testing.T) {
 	useCrowd(t)
 	url := serve(t, service)
