@@ -760,6 +760,9 @@ func objectMembers(object json.RawMessage) (members []member, ok bool) {
 
 // parseText returns a JSON string's text, or nil if raw is something else.
 func parseText(raw json.RawMessage) *string {
+	if raw[0] == '"' && bytes.IndexByte(raw, '\\') < 0 { // as most are: it stands there as it is
+		return new(string(raw[1 : len(raw)-1]))
+	}
 	var text *string
 	if json.Unmarshal(raw, &text) != nil || text == nil || hasLoneSurrogate(raw) {
 		return nil
