@@ -5138,8 +5138,8 @@ func BenchmarkCounting(b *testing.B) {
 }
 
 // BenchmarkFilters prints what decided how age_filter is answered: slices of the
-// token range, every row filtered here, and an SAI index. Five million users
-// with -long.
+// token range, side by side or one after the other, every row filtered here, and
+// an SAI index. Five million users with -long.
 func BenchmarkFilters(b *testing.B) {
 	n := 200_000
 	if *long {
@@ -5156,11 +5156,12 @@ func BenchmarkFilters(b *testing.B) {
 		parts func(minAge int) iter.Seq[nextPage]
 	}{
 		{"slices", func(minAge int) iter.Seq[nextPage] { return newScan(minAge, unlimited).parts(defaultFetch) }},
+		{"in-turn", func(minAge int) iter.Seq[nextPage] { return inTurn(newScan(minAge, unlimited)) }},
 		{"here", func(int) iter.Seq[nextPage] { return newScan(noAgeFilter, unlimited).parts(defaultFetch) }},
 		{"index", func(minAge int) iter.Seq[nextPage] {
 			s := newScan(minAge, unlimited)
 			s.upto = s.end
-			return alone(func(ctx context.Context) (page, error) { return s.fetch(ctx, defaultFetch) })
+			return inTurn(s)
 		}},
 	}
 	for _, w := range ways {
@@ -5171,6 +5172,10 @@ func BenchmarkFilters(b *testing.B) {
 			b.Run(fmt.Sprintf("%s/age=%d", w.name, minAge), func(b *testing.B) { benchmarkFilter(b, w.parts, minAge) })
 		}
 	}
+}
+
+func inTurn(s *scan) iter.Seq[nextPage] {
+	return alone(func(ctx context.Context) (page, error) { return s.fetch(ctx, defaultFetch) })
 }
 
 func benchmarkFilter(b *testing.B, parts func(minAge int) iter.Seq[nextPage], minAge int) {

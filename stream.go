@@ -46,7 +46,10 @@ const (
 // most of a page. A filter makes Cassandra look through rows that it does not
 // return, some 500 000 a second, so a page that finds too little runs into the
 // node's 5 s timeout at about 2.5 million rows: there a slice is also no wider
-// than can be looked through in sliceTime.
+// than can be looked through in sliceTime. BenchmarkFilters compares, over five
+// million users of which none, half and all match: slices side by side take 8, 17
+// and 21 s, one after the other 13, 27 and 37 s, and an SAI index, which every
+// write pays for, 0.2, 149 and 140 s.
 const (
 	firstSlice = 1 << 52                // of 2^64 tokens: a 4096th of the table
 	maxGrowth  = 16                     // from one slice to the next
