@@ -1723,13 +1723,13 @@ func TestShutdownTimeoutCutsStreamsVisibly(t *testing.T) {
 	t.Parallel()
 	p := startHealthy(t, "SHUTDOWN_TIMEOUT=1s")
 	one := fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":36}`, strings.Repeat("𝄞", maxName))
-	batch := "[" + strings.Repeat(one+",", 79) + one + "]"
-	for range 20 {
+	batch := "[" + strings.Repeat(one+",", 59) + one + "]"
+	for range 25 {
 		if a := p.ask("POST /users/batch", batch); a.status != 201 && a.status != 504 { // a busy node; some rows will do
 			t.Fatalf("%s; want 201", a)
 		}
 	}
-	conn := openReader(t, p.url, "/users/stream", 1000)
+	conn := openReader(t, p.url, "/users/stream?fetch_size=200", 1000)
 	start := time.Now()
 	p.Process.Signal(syscall.SIGTERM)
 	p.wantExit(t, 0, 6*time.Second) // a write that its client does not take would last for 30
@@ -2785,6 +2785,9 @@ const notBatch = `{"pointer":"","detail":"must be an array of 1 to 100 users"}`
 func TestBatchThatIsRefusedWritesNothing(t *testing.T) {
 	atLimits := func(int) (name, email string) { return textOf(4*maxName + maxEmail) }
 	number, size := fill(maxBatchBytes + 1)
+	tooMany := func(bytes int) string {
+		return fmt.Sprintf("The users of a batch may have %d bytes in all, these have %d (%d a user besides its texts); send them in several", maxBatchBytes, bytes, userOverhead)
+	}
 	tests := []struct {
 		name, body   string
 		status       int
@@ -2797,8 +2800,8 @@ func TestBatchThatIsRefusedWritesNothing(t *testing.T) {
 		{"101", batchOf(101, shortText), 422, notValid, notBatch},
 		{"an object", aBody, 422, notValid, notBatch},
 		{"null", `null`, 422, notValid, notBatch},
-		{"100 at the limits of their fields", batchOf(100, atLimits), 413, "The users of a batch may have 48000 bytes in all, these have 82400 (170 a user besides name and email); send them in several", ""},
-		{"one byte too many", batchOf(number, size), 413, "The users of a batch may have 48000 bytes in all, these have 48001 (170 a user besides name and email); send them in several", ""},
+		{"100 at the limits of their fields", batchOf(100, atLimits), 413, tooMany(100 * (userOverhead + 4*maxName + maxEmail)), ""},
+		{"one byte too many", batchOf(number, size), 413, tooMany(maxBatchBytes + 1), ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -3124,6 +3127,45 @@ func TestPartsAreReadSideBySideInOrder(t *testing.T) {
 			t.Errorf("%d walks are open", open.Load())
 		}
 	})
+}
+
+// Pages that were fetched before the end of a context can still be good: the
+// walk must not look whole because of them.
+func TestNoWalkLooksWholeAfterTheEndOfItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		one := func(context.Context) (page, error) { return page{rows: new(gocql.Iter)}, nil }
+		for ends := range 6 { // after so many pages of five
+			ctx, cancel := context.WithCancel(t.Context())
+			var open atomic.Int64
+			var last error
+			pages := 0
+			if ends == 0 {
+				cancel()
+			}
+			for _, err := range pagesAhead(ctx, &open, slices.Values([]nextPage{one, one, one, one, one})) {
+				if last = err; err != nil {
+					break
+				}
+				if pages++; pages == ends {
+					synctest.Wait() // what is fetched ahead is there
+					cancel()
+				}
+			}
+			if want := (pages < 5); (last == context.Canceled) != want {
+				t.Errorf("cancelled after %d pages of 5: %d came, error = %v", ends, pages, last)
+			}
+			cancel()
+		}
+	})
+}
+
+func TestStreamPastItsDeadlineIsNotWhole(t *testing.T) {
+	for _, query := range []string{"", "?limit=5", "?age_filter=1"} {
+		for _, accept := range []string{"application/json", ndjson} {
+			a := call(t, "GET /users/stream"+query, "", "Accept: "+accept, "X-Request-Timeout: 0.000000001")
+			wantProblem(t, a, 504, "timeout: the deadline passed before the answer was there")
+		}
+	}
 }
 
 func TestFailedPartEndsTheWalkInItsPlace(t *testing.T) {

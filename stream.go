@@ -155,13 +155,17 @@ type fetched struct {
 }
 
 // fetchAll fetches page after page until the last one or an error, each while
-// the one before waits for its reader, who must read to the end.
+// the one before waits for its reader, who must read to the end. What comes after
+// the end of ctx is an error, so that no walk looks whole that isn't.
 func (next nextPage) fetchAll(ctx context.Context) chan fetched {
 	pages := make(chan fetched)
 	go func() {
 		defer close(pages)
 		for more := true; more; {
 			p, err := next(ctx)
+			if err == nil {
+				err = ctx.Err()
+			}
 			more = p.more && err == nil
 			pages <- fetched{p, err}
 		}
@@ -182,10 +186,11 @@ func pagesAhead(ctx context.Context, open *atomic.Int64, parts iter.Seq[nextPage
 		go func() {
 			defer close(begun)
 			for part := range parts {
-				if ctx.Err() != nil {
+				ended := ctx.Err() != nil // then this part fails, and is the last
+				begun <- part.fetchAll(ctx)
+				if ended {
 					return
 				}
-				begun <- part.fetchAll(ctx)
 			}
 		}()
 		pages := <-begun

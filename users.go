@@ -142,7 +142,7 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 		return invalid(errs...)
 	}
 	if size > maxBatchBytes {
-		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The users of a batch may have %d bytes in all, these have %d (%d a user besides name and email); send them in several", maxBatchBytes, size, userOverhead)}
+		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The users of a batch may have %d bytes in all, these have %d (%d a user besides its texts); send them in several", maxBatchBytes, size, userOverhead)}
 	}
 	if err := createUsersAtOnce(r.Context(), users); err != nil {
 		return err
