@@ -325,7 +325,8 @@ func (s *scan) retryNarrower(ctx context.Context, size int, err error) (page, er
 		s.upto = s.nextBound()
 		return s.fetch(ctx, size)
 	}
-	if refused != nil && refused.Code() == gocql.ErrCodeProtocol && len(s.state) > 0 {
+	isForeign := len(s.state) > 0 && s.took == 0 // the paging state came with the request
+	if refused != nil && isForeign && (refused.Code() == gocql.ErrCodeProtocol || refused.Code() == gocql.ErrCodeServer) {
 		return page{}, invalid(fieldError{Parameter: "page_state", Detail: "is not a place in this table; " + startAgain})
 	}
 	return page{}, failed(read, err, "reading a page of users")
