@@ -1,0 +1,424 @@
+package e2e
+
+import (
+	"crypto/ed25519"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func TestTestsWithoutCassandra(t *testing.T) {
+	t.Parallel()
+	cmd, began := exec.Command(os.Args[0], "-test.run=^$"), time.Now()
+	cmd.Env = append(os.Environ(), cassandraAt(closedAddress(t))...)
+	out, err := cmd.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "go run ./cassandra go test ./...") || time.Since(began) > 15*time.Second {
+		t.Errorf("%v after %s: %s", err, time.Since(began), out)
+	}
+}
+
+func TestStartWithoutCassandra(t *testing.T) {
+	t.Parallel()
+	addr, began := closedAddress(t), time.Now()
+	s := start(t, cassandraAt(addr)...)
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("listening after %s, want within a second", took)
+	}
+	want(t, s.do("GET /", ""), 200)
+	for range 5 {
+		s.doEverything(func(r response) { want(t, r, 503, notAvailable) })
+	}
+	want(t, s.do("GET /health", ""), 503, `{"status":"unhealthy","cassandra":"disconnected","cassandra_connected":false,`)
+	await(t, 8*time.Second, "retrying", func() bool { return s.metrics(t).Connections.Failed > 4 })
+	if n := strings.Count(s.log(), `msg="cannot connect to Cassandra; retrying"`); n != 1 || strings.Count(s.log(), "\n") > 4 {
+		t.Errorf("%d lines of the outage, want one per 10 s and none per request:\n%s", n, s.log())
+	}
+	startProxy(t, listen(t, addr), 0)
+	s.awaitHealthy(t, 15*time.Second)
+	if r := s.do("GET /users", ""); !want(t, r, 200) || r.body != "[]\n" {
+		t.Errorf("%s; want no users", r)
+	}
+}
+
+var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
+
+// doEverything sends one request to each endpoint that needs Cassandra, all of them concurrently.
+func (s *service) doEverything(check func(response), headers ...string) {
+	requests := []string{
+		"GET /users", "GET /users/stream", "GET /users/stream?age_filter=30", "GET /users/stream/pages", "GET " + missingUser,
+		"POST /users " + ada, "POST /users/batch " + batchOf(2, ada), "PUT " + missingUser + " " + ada, "PATCH " + missingUser + " " + ada,
+		"DELETE " + missingUser, "GET /performance/async", "GET /performance/sync", "GET /context_manager_safety/status",
+	}
+	for _, name := range selfTests {
+		requests = append(requests, "POST /context_manager_safety/"+name)
+	}
+	concurrently(len(requests), func(i int) {
+		parts := append(strings.SplitN(requests[i], " ", 3), "")
+		check(s.do(parts[0]+" "+parts[1], parts[2], headers...))
+	})
+}
+
+func TestDroppedTableIsCreatedAgain(t *testing.T) {
+	t.Parallel()
+	s := startHealthy(t)
+	for _, drop := range []string{"DROP TABLE " + s.keyspace + ".users", "DROP KEYSPACE " + s.keyspace} {
+		if err := admin.Query(drop).Exec(); err != nil {
+			t.Fatal(err)
+		}
+		await(t, 15*time.Second, "writing again", func() bool { return s.do("POST /users", ada).status == 201 })
+		s.awaitHealthy(t, 15*time.Second)
+	}
+}
+
+func TestSettingsOfACluster(t *testing.T) {
+	t.Parallel()
+	for setting, healthy := range map[string]bool{
+		"CASSANDRA_DATACENTER=datacenter1": true, "CASSANDRA_DATACENTER=nowhere": false, "CASSANDRA_REPLICATION=datacenter1:1": true,
+		"CASSANDRA_REPLICATION=3": false, "CASSANDRA_REPLICATION=nowhere:1": false, "CASSANDRA_CONSISTENCY=ALL": true,
+	} {
+		t.Run(setting, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, setting)
+			if healthy {
+				s.awaitHealthy(t, 30*time.Second)
+				s.createUser(t)
+				return
+			}
+			reason := regexp.MustCompile(`level=(WARN|ERROR) .*(nowhere|LOCAL_QUORUM)`)
+			await(t, 20*time.Second, "logging a reason", func() bool {
+				return want(t, s.do("GET /health", ""), 503) && reason.MatchString(s.log())
+			})
+			want(t, s.do("POST /users", ada), 503)
+		})
+	}
+	cmd := exec.Command(buildService())
+	cmd.Env = append(os.Environ(), "CASSANDRA_CONSISTENCY=ONE")
+	out, _ := cmd.CombinedOutput()
+	if !strings.HasPrefix(string(out), `cassandra-service-go: CASSANDRA_CONSISTENCY is "ONE", it must be `) || cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("%s; output %s", cmd.ProcessState, out)
+	}
+}
+
+// selfSigned returns a certificate for 127.0.0.1 that is its own CA, and its file.
+func selfSigned(t testing.TB) (tls.Certificate, string) {
+	t.Helper()
+	public, private, _ := ed25519.GenerateKey(nil)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(nil, template, template, public, private)
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err != nil || os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600) != nil {
+		t.Fatal("no certificate:", err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private}, file
+}
+
+func TestTLSIsVerified(t *testing.T) {
+	t.Parallel()
+	certificate, ca := selfSigned(t)
+	_, otherCA := selfSigned(t)
+	proxy := startProxy(t, tls.NewListener(listen(t, "127.0.0.1:0"), &tls.Config{Certificates: []tls.Certificate{certificate}}), 0)
+	at := cassandraAt(proxy.Addr().String())
+	startHealthy(t, append(at, "CASSANDRA_TLS_CA="+ca)...)
+	start(t, append(at, "CASSANDRA_TLS_CA="+otherCA)...).awaitRefusal(t, "certificate signed by unknown authority")
+}
+
+// awaitRefusal waits until the log says why the service cannot connect.
+func (s *service) awaitRefusal(t testing.TB, reason string) {
+	t.Helper()
+	line := regexp.MustCompile(`level=WARN msg="cannot connect to Cassandra; retrying" hosts=\S+ port=\d+ error=".*` + regexp.QuoteMeta(reason))
+	await(t, 30*time.Second, "logging "+reason, func() bool { return line.MatchString(s.log()) })
+	want(t, s.do("GET /health", ""), 503)
+	want(t, s.do("GET /users", ""), 503)
+}
+
+func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
+	s, proxy := startBehindProxy(t)
+	before := s.metrics(t)
+	proxy.silent.Store(true)
+	wantWithin := func(r response, status int, least, most time.Duration) {
+		if !want(t, r, status) || r.took < least || r.took > most {
+			t.Errorf("%s; want it after %s to %s", r, least, most)
+		}
+	}
+	var others sync.WaitGroup
+	others.Go(func() { s.do("DELETE "+missingUser, "", "X-Request-Timeout: 5") }) // prepares a statement that others need, too
+	others.Go(func() { wantWithin(s.do("GET /health", ""), 503, 0, 6*time.Second) })
+	s.awaitInFlight(t, 2)
+	s.doEverything(func(r response) {
+		wantWithin(r, 504, 500*time.Millisecond, 1500*time.Millisecond)
+		want(t, r, 504, `"detail":"timeout`)
+	}, "X-Request-Timeout: 0.5")
+	wantWithin(s.do("GET /health", "", "X-Request-Timeout: 0.1"), 503, 0, 300*time.Millisecond)
+	wantWithin(s.do("GET /", ""), 200, 0, 300*time.Millisecond)
+	wantWithin(s.do("GET /metrics", ""), 200, 0, 300*time.Millisecond)
+	others.Wait()
+	proxy.silent.Store(false)
+	s.awaitHealthy(t, 15*time.Second)
+	s.awaitQuiet(t, before)
+}
+
+// outage fails a service's only Cassandra and checks how quickly the service notices that, and the end of it.
+func outage(t *testing.T, s *service, fail, mend func()) {
+	t.Helper()
+	fail()
+	await(t, 9*time.Second, "unhealthy", func() bool { return s.do("GET /health", "").status == 503 })
+	mend()
+	began := time.Now()
+	s.awaitHealthy(t, 15*time.Second)
+	t.Logf("healthy %s after Cassandra's first response", time.Since(began).Round(time.Millisecond))
+}
+
+func TestFrozenConnectionsAreReplaced(t *testing.T) {
+	t.Parallel()
+	s, proxy := startBehindProxy(t)
+	outage(t, s, proxy.freeze, func() {}) // the driver alone closes such connections after 96 s
+	if m := s.metrics(t); m.Cassandra.Session != 2 || !m.Cassandra.Connected {
+		t.Errorf("cassandra = %+v, want the second session", m.Cassandra)
+	}
+}
+
+const absent = -1 // the age of a user that does not exist
+
+// load is a steady load. Each client creates, reads, changes and deletes users of its own, one after another, and records
+// which states the responses allow.
+type load struct {
+	s        *service
+	stopped  atomic.Bool
+	clients  sync.WaitGroup
+	mu       sync.Mutex
+	statuses map[int]int
+	failed   time.Time               // the last request that failed
+	ages     map[string]map[int]bool // by name: the ages that a user may have
+	faults   []string
+}
+
+func startLoad(s *service, clients int) *load {
+	l := &load{s: s, statuses: map[int]int{}, ages: map[string]map[int]bool{}}
+	for n := range clients {
+		l.clients.Go(func() {
+			for i := 0; !l.stopped.Load(); i++ {
+				l.userLifecycle(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
+				time.Sleep(20 * time.Millisecond)
+			}
+		})
+	}
+	return l
+}
+
+// userLifecycle creates a user and then deletes or changes it, up to the first request that fails.
+func (l *load) userLifecycle(name string, deletes bool) {
+	ages := map[int]bool{absent: true}
+	defer l.with(func() { l.ages[name] = ages })
+	fields := func(age int) string { return fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age) }
+	r := l.send(ages, "POST /users", fields(1), 201, 1)
+	path := r.header.Get("Location")
+	switch {
+	case r.status != 201:
+	case deletes && l.send(ages, "DELETE "+path, "", 204, absent).status == 204:
+		l.send(ages, "GET "+path, "", 404, absent)
+	case !deletes && l.send(ages, "PUT "+path, fields(2), 200, 2).status == 200:
+		if r := l.send(ages, "GET "+path, "", 200, 2); r.status == 200 && !strings.Contains(r.body, `"age":2,`) {
+			l.fault("%s; want age 2", r)
+		}
+	}
+}
+
+// send records what the response means for a user: done, not done (503), or perhaps done (504).
+func (l *load) send(ages map[int]bool, request, body string, status, age int) response {
+	r := l.s.do(request, body)
+	isChange := !strings.HasPrefix(request, "GET ")
+	switch {
+	case r.status == status && isChange:
+		clear(ages)
+		ages[age] = true
+	case r.status == 504 && isChange:
+		ages[age] = true
+	case r.status != status && r.status != 503 && r.status != 504:
+		l.fault("%s; want %d", r, status)
+	}
+	l.with(func() {
+		if l.statuses[r.status]++; r.status != status {
+			l.failed = time.Now()
+		}
+	})
+	return r
+}
+
+// with calls do under the lock.
+func (l *load) with(do func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	do()
+}
+
+func (l *load) fault(format string, args ...any) {
+	l.with(func() { l.faults = append(l.faults, fmt.Sprintf(format, args...)) })
+}
+
+// created counts the users created so far.
+func (l *load) created() (n int) {
+	l.with(func() { n = l.statuses[201] })
+	return n
+}
+
+// check ends the load and compares every user with the states that its responses allow.
+func (l *load) check(t testing.TB) {
+	t.Helper()
+	l.stopped.Store(true)
+	l.clients.Wait()
+	stored := map[string]int{}
+	for _, u := range decode[[]user](t, l.s.do("GET /users/stream", "", "X-Request-Timeout: 60"), 200) {
+		stored[u.Name] = u.Age
+	}
+	for name, ages := range l.ages {
+		age, exists := stored[name]
+		if !exists {
+			age = absent
+		}
+		if !ages[age] {
+			l.fault("%s has age %d, want one of %v (%d: absent)", name, age, ages, absent)
+		}
+	}
+	t.Logf("responses by status: %v; %d users of %d exist", l.statuses, len(stored), len(l.ages))
+	if len(l.ages) == 0 || len(l.faults) > 0 {
+		t.Errorf("%d users, %d faults, such as: %s", len(l.ages), len(l.faults), strings.Join(l.faults[:min(5, len(l.faults))], "\n"))
+	}
+}
+
+func TestCutConnectionsLoseNothing(t *testing.T) {
+	s, proxy := startBehindProxy(t)
+	l := startLoad(s, 8)
+	l.clients.Go(func() { // a cut proves nothing about the session
+		for i := 0; !l.stopped.Load(); i++ {
+			r := s.do("POST /context_manager_safety/"+selfTests[i%len(selfTests)], "")
+			if r.status != 503 && r.status != 504 && (r.status != 200 || strings.Contains(r.body, ":false")) {
+				t.Error(r)
+			}
+		}
+	})
+	for range 12 {
+		before := l.created()
+		proxy.cut()
+		await(t, 15*time.Second, "writing after a cut", func() bool { return l.created() > before+20 })
+	}
+	l.check(t)
+}
+
+func TestCredentialsAreChecked(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-auth")
+	startHealthy(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")...)
+	for user, reason := range map[string]string{"stranger": "Provided username stranger and/or password are incorrect", "": "authentication required"} {
+		password := strings.Repeat("s3cret-typo", len(user)/8)
+		s := start(t, append(cassandraAt(n.addr), "CASSANDRA_USERNAME="+user, "CASSANDRA_PASSWORD="+password)...)
+		if s.awaitRefusal(t, reason); strings.Contains(s.log(), "s3cret-typo") {
+			t.Error("the log has the password")
+		}
+	}
+}
+
+// The only node is killed and stopped under load, and announces its address or one that is reserved for documentation.
+func TestOnlyNodeFails(t *testing.T) {
+	needsLong(t)
+	for _, flags := range [][]string{{"-restart", "2s"}, {"-restart", "2s", "-rpc-address", "203.0.113.7"}} {
+		n := startNode(t, flags...)
+		s := startHealthy(t, cassandraAt(n.addr)...)
+		l := startLoad(s, 32)
+		kill := func() { n.signal(t, "KILL", 1) }
+		mend := func() { n.awaitResponse(t, "127.0.0.1") }
+		for range 3 {
+			outage(t, s, kill, mend)
+			back := time.Now()
+			time.Sleep(12 * time.Second) // of load: a session that responds once can still die
+			l.with(func() {
+				if late := l.failed.Sub(back); late > 5*time.Second {
+					t.Errorf("a request failed %s after Cassandra's first response", late)
+				}
+			})
+		}
+		outage(t, s, func() { n.signal(t, "STOP", 1) }, func() {
+			time.Sleep(20 * time.Second)
+			n.signal(t, "CONT", 1)
+		})
+		kill()
+		second := start(t, cassandraAt(n.addr)...) // during the outage
+		second.awaitRefusal(t, "unable to connect to initial hosts")
+		mend()
+		s.awaitHealthy(t, 15*time.Second)
+		second.awaitHealthy(t, 15*time.Second)
+		l.check(t)
+	}
+}
+
+func TestThreeNodes(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-nodes", "3", "-restart", "10s")
+	settings := append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")
+	s := startHealthy(t, settings...)
+	l := startLoad(s, 4)
+	time.Sleep(5 * time.Second) // of load
+	n.signal(t, "KILL", 3)
+	killed := time.Now()
+	startHealthy(t, settings...) // the dead node cannot agree to its schema
+	t.Logf("a service that starts without one node is healthy after %s", time.Since(killed))
+	n.awaitResponse(t, "127.0.0.3")
+	back := l.created()
+	await(t, 3*time.Minute, "creating 1000 users", func() bool { return l.created() > max(1000, back+200) })
+	l.check(t)
+	total, failures := 0, l.statuses[503]+l.statuses[504]
+	for _, count := range l.statuses {
+		total += count
+	}
+	if failures*100 > total || l.failed.Sub(killed) > 30*time.Second {
+		t.Errorf("%d of %d requests failed, the last %s after the death", failures, total, l.failed.Sub(killed))
+	}
+}
+
+// Batches are sent while their node is killed 20 times. In the end every batch exists completely or not at all.
+func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "1s")
+	s := startHealthy(t, cassandraAt(n.addr)...)
+	var statuses sync.Map // by the name of all users of a batch
+	for try := range 20 {
+		s.awaitHealthy(t, 3*time.Minute)
+		time.AfterFunc(500*time.Millisecond+rand.N(100*time.Millisecond), func() { n.signal(t, "KILL", 1) })
+		concurrently(4, func(sender int) {
+			for i, status := 0, 201; status == 201; i++ {
+				name := fmt.Sprintf("%d-%d-%d", try, sender, i)
+				status = s.do("POST /users/batch", batchOf(100, fmt.Sprintf(`{"name":%q,"email":"a@example.com","age":1}`, name))).status
+				statuses.Store(name, status)
+			}
+		})
+	}
+	s.awaitHealthy(t, 3*time.Minute)
+	db, left := n.awaitResponse(t, "127.0.0.1"), 1
+	await(t, 3*time.Minute, "replaying the batchlog", func() bool {
+		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
+	})
+	written, outcomes := map[string]int{}, map[string]int{}
+	for _, u := range decode[[]user](t, s.do("GET /users/stream", ""), 200) {
+		written[u.Name]++
+	}
+	for name, status := range statuses.Range {
+		n := written[name.(string)]
+		if outcomes[fmt.Sprintf("%d with %d users", status, n)]++; n != 0 && n != 100 || status == 201 && n == 0 || status == 503 && n != 0 || status == 0 {
+			t.Errorf("batch %s, status %d: %d users", name, status, n)
+		}
+	}
+	t.Logf("outcomes: %v", outcomes)
+}

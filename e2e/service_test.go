@@ -1,0 +1,622 @@
+// Package e2e tests the built service as its users meet it: over HTTP, against a real Cassandra. This file builds and
+// starts the service, sends requests, and breaks networks and nodes; the tests are in the other files.
+package e2e
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gocql/gocql"
+	"github.com/google/uuid"
+)
+
+var (
+	long     = flag.Bool("long", false, "also run the tests that take minutes")
+	admin    *gocql.Session // for statements that the service never executes
+	binaries string         // the folder of everything that the tests build
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(runTests(m))
+}
+
+func runTests(m *testing.M) int {
+	conn, err := net.DialTimeout("tcp", cassandraAddress(), 4*time.Second)
+	if err == nil {
+		conn.Close()
+		admin, err = connect(cassandraAddress())
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%v\nThe tests need a Cassandra. This command starts one: go run ./cassandra go test ./...\n", err)
+		return 1
+	}
+	defer admin.Close()
+	defer dropKeyspaces()
+	if binaries, err = os.MkdirTemp("", "e2e-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(binaries)
+	for _, pattern := range []string{"../*.go", "../go.mod", "../README.md", "../docs/*", "../cassandra/*"} {
+		files, _ := filepath.Glob(pattern)
+		for _, name := range files {
+			os.ReadFile(name) // so that Go's test cache notices changes: it tracks the files that tests open
+		}
+	}
+	flag.Set("test.parallel", "12") // parallel tests mostly wait
+	return m.Run()
+}
+
+func needsLong(t testing.TB) {
+	if t.Helper(); !*long {
+		t.Skip("takes minutes; run with -long")
+	}
+}
+
+// build compiles part of the module and returns the file.
+func build(name string, args ...string) string {
+	file := filepath.Join(binaries, name)
+	out, err := exec.Command("go", append([]string{"build", "-C", "..", "-o", file}, args...)...).CombinedOutput()
+	if err != nil {
+		panic(fmt.Sprintf("%v\n%s", err, out))
+	}
+	return file
+}
+
+// buildService uses the race detector if the tests do; buildPlain never does, since that takes several times the memory.
+var (
+	buildService = sync.OnceValue(func() string {
+		info, _ := debug.ReadBuildInfo()
+		race := slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+		return build("service", fmt.Sprint("-race=", race), ".")
+	})
+	buildPlain    = sync.OnceValue(func() string { return build("plain", ".") })
+	buildLauncher = sync.OnceValue(func() string { return build("launcher", "./cassandra") })
+)
+
+// service is the binary in a process of its own.
+type service struct {
+	*exec.Cmd
+	url      string
+	keyspace string
+	logFile  string
+	exited   context.Context // done at the exit; ProcessState is set then
+}
+
+// start runs the service with settings such as MAX_IN_FLIGHT=5 and waits until it listens. By default it has a free port
+// and a new keyspace. It is killed after the test if it is still running.
+func start(t testing.TB, settings ...string) *service {
+	t.Helper()
+	return startCommand(t, exec.Command(buildService()), settings...)
+}
+
+func startCommand(t testing.TB, cmd *exec.Cmd, settings ...string) *service {
+	t.Helper()
+	exited, exit := context.WithCancel(context.Background())
+	s := &service{Cmd: cmd, keyspace: newKeyspace(), logFile: filepath.Join(t.TempDir(), "log"), exited: exited}
+	s.Env = append(append(os.Environ(), "ADDR=127.0.0.1:0", inKeyspace+s.keyspace), settings...)
+	for _, setting := range settings {
+		if name, ok := strings.CutPrefix(setting, inKeyspace); ok {
+			s.keyspace = name
+		}
+	}
+	stderr, err := os.Create(s.logFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stderr.Close()
+	s.Stderr = stderr
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		s.Wait()
+		exit()
+	}()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of the service:\n%s%s", s.log(), s.do("GET /metrics", ""))
+		}
+		s.Process.Kill()
+		<-exited.Done()
+	})
+	var addr []string
+	await(t, 30*time.Second, "listening", func() bool {
+		addr = regexp.MustCompile(`addr"?[=:]\S+:(\d+)`).FindStringSubmatch(s.log())
+		return addr != nil || exited.Err() != nil
+	})
+	if addr == nil {
+		t.Fatalf("the service did not start: %s", s.log())
+	}
+	s.url = "http://127.0.0.1:" + addr[1]
+	return s
+}
+
+// startHealthy starts the service and waits until it is connected to Cassandra.
+func startHealthy(t testing.TB, settings ...string) *service {
+	t.Helper()
+	s := start(t, settings...)
+	s.awaitHealthy(t, 30*time.Second)
+	return s
+}
+
+// log returns the log of the process so far.
+func (s *service) log() string {
+	text, _ := os.ReadFile(s.logFile)
+	return string(text)
+}
+
+func (s *service) awaitHealthy(t testing.TB, within time.Duration) {
+	t.Helper()
+	await(t, within, "healthy", func() bool { return s.do("GET /health", "").status == 200 })
+}
+
+// wantExit waits for the exit of the process; the status of a signal is -1.
+func (s *service) wantExit(t testing.TB, status int, within time.Duration) {
+	t.Helper()
+	await(t, within, "exited", func() bool { return s.exited.Err() != nil })
+	if got := s.ProcessState.ExitCode(); got != status {
+		t.Errorf("exit status = %d (%s), want %d", got, s.ProcessState, status)
+	}
+}
+
+// response is what a client received; err is set if it was missing or truncated.
+type response struct {
+	request string // such as "GET /users"
+	status  int
+	header  http.Header
+	body    string
+	took    time.Duration
+	err     error
+}
+
+// String formats a response for test failures.
+func (r response) String() string {
+	return fmt.Sprintf("%s: status = %d after %s, error %v, header %v, body %.300s", r.request, r.status, r.took, r.err, r.header, r.body)
+}
+
+var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4000}}
+
+// do sends a request such as "GET /users" with headers such as "Accept: text/plain". By default the body is JSON.
+func (s *service) do(request, body string, headers ...string) (r response) {
+	r.request = request
+	start := time.Now()
+	defer func() { r.took = time.Since(start) }()
+	got, err := client.Do(newRequest(request, s.url, body, headers))
+	if err != nil {
+		r.err = err
+		return r
+	}
+	defer got.Body.Close()
+	if got.Close { // net/http removes the header
+		got.Header.Set("Connection", "close")
+	}
+	text, err := io.ReadAll(got.Body)
+	r.status, r.header, r.body, r.err = got.StatusCode, got.Header, string(text), err
+	return r
+}
+
+func newRequest(request, url, body string, headers []string) *http.Request {
+	method, target, _ := strings.Cut(request, " ")
+	r, err := http.NewRequest(method, url+target, strings.NewReader(body))
+	if err != nil {
+		panic(err)
+	}
+	r.Header.Set("Content-Type", "application/json")
+	for _, h := range headers {
+		if name, value, ok := strings.Cut(h, ": "); name == "Host" {
+			r.Host = value
+		} else if ok {
+			r.Header.Set(name, value)
+		}
+	}
+	return r
+}
+
+// want checks the status of a response, parts of its body, and the members and headers of every problem response.
+func want(t testing.TB, r response, status int, parts ...string) bool {
+	t.Helper()
+	ok := r.status == status && r.err == nil && (r.header.Get("Retry-After") != "") == (status == 503)
+	if status >= 400 && !strings.HasSuffix(r.request, "/health") {
+		ok = ok && r.header.Get("Content-Type") == "application/problem+json"
+		parts = append(parts, fmt.Sprintf(`{"title":%q,"status":%d,"detail":`, http.StatusText(status), status),
+			fmt.Sprintf(`"request_id":%q}`, r.header.Get("X-Request-Id")))
+	}
+	for _, part := range parts {
+		ok = ok && strings.Contains(r.body, part)
+	}
+	if !ok {
+		t.Errorf("%s, want %d with %q", r, status, parts)
+	}
+	return ok
+}
+
+// decode reads the JSON body of a response, after checking its status.
+func decode[T any](t testing.TB, r response, status int) (value T) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(r.body), &value); err != nil || !want(t, r, status) {
+		t.Fatalf("%s: %v", r, err)
+	}
+	return value
+}
+
+type user struct {
+	ID, Name, Email string
+	Age             int
+}
+
+const (
+	inKeyspace   = "CASSANDRA_KEYSPACE="
+	ada          = `{"name":"Ada Lovelace","email":"ada@example.com","age":36}`
+	missingUser  = "/users/7c9e6679-7425-40de-944b-e07fc1f90ae7"
+	notAvailable = "Cassandra is not available; try again in a moment"
+)
+
+// createUser returns the path of a new user.
+func (s *service) createUser(t testing.TB) string {
+	t.Helper()
+	r := s.do("POST /users", ada)
+	want(t, r, 201)
+	return r.header.Get("Location")
+}
+
+// batchOf is the body of a batch of n equal users.
+func batchOf(n int, user string) string { return "[" + strings.Repeat(user+",", n-1) + user + "]" }
+
+// metrics are the members of GET /metrics that the tests read.
+type metrics struct {
+	Queries     int64                              `json:"total_queries"`
+	Errors      int64                              `json:"errors_count"`
+	Connections struct{ Open, Opened, Failed int } `json:"cassandra_connections"`
+	InFlight    int                                `json:"requests_in_flight"`
+	ByRoute     map[string]map[string]int64        `json:"requests_by_route"`
+	Cassandra   struct {
+		Connected      bool
+		Session, Hosts int
+		ClockSkew      float64 `json:"clock_skew_ms"`
+	}
+	Streams    int   `json:"streams_active"`
+	Rows       int64 `json:"rows_streamed"`
+	Goroutines int
+	Memory     int64 `json:"memory_bytes"`
+}
+
+func (s *service) metrics(t testing.TB) metrics {
+	t.Helper()
+	return decode[metrics](t, s.do("GET /metrics", ""), 200)
+}
+
+// awaitInFlight waits until n requests are active besides the one that reads the metrics.
+func (s *service) awaitInFlight(t testing.TB, n int) {
+	t.Helper()
+	await(t, 10*time.Second, fmt.Sprint("handling ", n), func() bool { return s.metrics(t).InFlight == n+1 })
+}
+
+// awaitQuiet waits until goroutines, connections and streams are back to the levels in m.
+func (s *service) awaitQuiet(t testing.TB, m metrics) {
+	t.Helper()
+	await(t, 20*time.Second, fmt.Sprintf("back to %+v", m), func() bool {
+		client.CloseIdleConnections()
+		now := s.metrics(t)
+		return now.InFlight == 1 && now.Streams == 0 && now.Goroutines <= m.Goroutines+4 && now.Connections.Open <= m.Connections.Open
+	})
+}
+
+// wantMemory checks the largest resident size of the process so far.
+func (s *service) wantMemory(t testing.TB, megabytes int) {
+	t.Helper()
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Process.Pid))
+	peak := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)
+	if peak == nil {
+		t.Skip("needs Linux's /proc")
+	}
+	kilobytes, _ := strconv.Atoi(string(peak[1]))
+	if t.Logf("at most %d MB resident", kilobytes>>10); kilobytes>>10 > megabytes {
+		t.Errorf("%d MB resident, want at most %d", kilobytes>>10, megabytes)
+	}
+}
+
+// dial sends a raw request and reads n bytes of the response. A small buffer leaves the rest to the service.
+func (s *service) dial(t testing.TB, request string, n int64) *net.TCPConn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(5 * time.Minute))
+	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	io.WriteString(conn, request)
+	io.CopyN(io.Discard, conn, n)
+	return conn.(*net.TCPConn)
+}
+
+// rawGet is a GET for dial.
+func rawGet(target string) string {
+	return "GET " + target + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+}
+
+// await polls a condition until it holds.
+func await(t testing.TB, within time.Duration, what string, condition func() bool) {
+	t.Helper()
+	for end := time.Now().Add(within); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not %s within %s", what, within)
+		}
+	}
+}
+
+// concurrently calls do for 0 to n-1, all of them concurrently, and waits.
+func concurrently(n int, do func(i int)) {
+	var running sync.WaitGroup
+	for i := range n {
+		running.Go(func() { do(i) })
+	}
+	running.Wait()
+}
+
+// cassandraAddress is the address of the tests' Cassandra.
+func cassandraAddress() string {
+	host, _, _ := strings.Cut(cmp.Or(os.Getenv("CASSANDRA_HOSTS"), "127.0.0.1"), ",")
+	return net.JoinHostPort(host, cmp.Or(os.Getenv("CASSANDRA_PORT"), "9042"))
+}
+
+// cassandraAt makes a service connect to Cassandra at host:port.
+func cassandraAt(addr string) []string {
+	host, port, _ := net.SplitHostPort(addr)
+	return []string{"CASSANDRA_HOSTS=" + host, "CASSANDRA_PORT=" + port}
+}
+
+// connect opens a session to the Cassandra at host:port and to no other node.
+func connect(addr string) (*gocql.Session, error) {
+	host, port, _ := net.SplitHostPort(addr)
+	cfg := gocql.NewCluster(host)
+	cfg.Port, _ = strconv.Atoi(port)
+	cfg.ProtoVersion, cfg.Timeout, cfg.ConnectTimeout, cfg.WriteCoalesceWaitTime = 4, time.Minute, 4*time.Second, 0
+	cfg.DisableInitialHostLookup = true // an announced address may be unreachable
+	cfg.Logger = log.New(io.Discard, "", 0)
+	return cfg.CreateSession()
+}
+
+var keyspaces atomic.Int64
+
+// newKeyspace names a keyspace that is dropped after all tests.
+func newKeyspace() string { return fmt.Sprintf("e2e_%d_%d", os.Getpid(), keyspaces.Add(1)) }
+
+func dropKeyspaces() {
+	for i := range keyspaces.Load() {
+		if err := admin.Query(fmt.Sprintf("DROP KEYSPACE IF EXISTS e2e_%d_%d", os.Getpid(), i+1)).Exec(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
+}
+
+// userID is the id of the i-th seeded user.
+func userID(i int) gocql.UUID {
+	id := uuid.NewSHA1(uuid.Nil, strconv.AppendInt(nil, int64(i), 10))
+	id[6] = id[6]&0x0f | 0x40 // version 4
+	return gocql.UUID(id)
+}
+
+func seededAge(i int) int { return i % 100 }
+
+// seed writes n users past the service. Their names are their numbers in 100 digits: a thousand are a quarter of a megabyte.
+func seed(t testing.TB, db *gocql.Session, keyspace string, n int) {
+	t.Helper()
+	insert, now := "INSERT INTO "+keyspace+".users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)", time.Now()
+	inBatches(t, db, n, func(b *gocql.Batch, i int) {
+		b.Query(insert, userID(i), fmt.Sprintf("%0100d", i), fmt.Sprintf("user%d@example.com", i), seededAge(i), now, now)
+	})
+}
+
+// inBatches executes n statements in unlogged batches, which is several times as fast as one at a time.
+func inBatches(t testing.TB, db *gocql.Session, n int, add func(b *gocql.Batch, i int)) {
+	t.Helper()
+	const size = 50
+	var next atomic.Int64
+	concurrently(8, func(int) {
+		for from := int(next.Add(size)) - size; from < n && !t.Failed(); from = int(next.Add(size)) - size {
+			b := db.NewBatch(gocql.UnloggedBatch)
+			for i := from; i < min(from+size, n); i++ {
+				add(b, i)
+			}
+			if err := db.ExecuteBatch(b); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+const crowdSize = 10_000
+
+var crowd struct {
+	once     sync.Once
+	keyspace string
+}
+
+// useCrowd returns the setting for a keyspace of crowdSize seeded users that no test changes.
+func useCrowd(t testing.TB) string {
+	t.Helper()
+	crowd.once.Do(func() {
+		crowd.keyspace = startHealthy(t).keyspace
+		seed(t, admin, crowd.keyspace, crowdSize)
+	})
+	return inKeyspace + crowd.keyspace
+}
+
+// proxy stands between a service and Cassandra and can fail as networks do.
+type proxy struct {
+	net.Listener
+	delay  time.Duration // in each direction
+	silent atomic.Bool   // all bytes are dropped
+	credit atomic.Int64  // bytes that still pass; the others wait
+	conns  sync.Map      // net.Conn to bool: whether its bytes are dropped
+}
+
+// listen listens on an address until the test ends.
+func listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	return listener
+}
+
+// closedAddress is an address at which nothing listens.
+func closedAddress(t testing.TB) string {
+	listener := listen(t, "127.0.0.1:0")
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// startProxy starts a proxy to the tests' Cassandra.
+func startProxy(t testing.TB, listener net.Listener, delay time.Duration) *proxy {
+	p := &proxy{Listener: listener, delay: delay}
+	p.credit.Store(math.MaxInt64)
+	t.Cleanup(p.cut)
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", cassandraAddress())
+			if err != nil {
+				client.Close()
+				continue
+			}
+			p.conns.Store(client, false)
+			p.conns.Store(server, false)
+			go p.pump(client, server)
+			go p.pump(server, client)
+		}
+	}()
+	return p
+}
+
+// startBehindProxy starts the service with a proxy in front of Cassandra.
+func startBehindProxy(t testing.TB, settings ...string) (*service, *proxy) {
+	t.Helper()
+	p := startProxy(t, listen(t, "127.0.0.1:0"), 0)
+	return startHealthy(t, append(settings, cassandraAt(p.Addr().String())...)...), p
+}
+
+// pump copies until either end fails.
+func (p *proxy) pump(from, to net.Conn) {
+	type chunk struct {
+		at   time.Time
+		data []byte
+	}
+	delayed := make(chan chunk, 1000)
+	go func() {
+		defer to.Close()
+		for c := range delayed {
+			time.Sleep(time.Until(c.at))
+			to.Write(c.data)
+		}
+	}()
+	defer close(delayed)
+	for buf := make([]byte, 32<<10); ; {
+		n, err := from.Read(buf)
+		if err != nil {
+			return
+		}
+		for p.credit.Load() <= 0 {
+			time.Sleep(time.Millisecond)
+		}
+		p.credit.Add(int64(-n))
+		if frozen, _ := p.conns.Load(from); frozen != true && !p.silent.Load() {
+			delayed <- chunk{time.Now().Add(p.delay), bytes.Clone(buf[:n])}
+		}
+	}
+}
+
+// cut closes all connections; new ones work.
+func (p *proxy) cut() {
+	for conn := range p.conns.Range {
+		conn.(net.Conn).Close()
+		p.conns.Delete(conn)
+	}
+	p.credit.Store(math.MaxInt64)
+}
+
+// freeze drops all bytes on the open connections; new ones work.
+func (p *proxy) freeze() {
+	for conn := range p.conns.Range {
+		p.conns.Store(conn, true)
+	}
+}
+
+// node is a Cassandra of a test's own, of one or several nodes.
+type node struct {
+	addr    string // host:port
+	pidFile string // one line for each node
+}
+
+// startNode runs the launcher with flags such as "-restart", "3s".
+func startNode(t testing.TB, flags ...string) *node {
+	t.Helper()
+	n := &node{pidFile: filepath.Join(t.TempDir(), "pid")}
+	addrFile := n.pidFile + ".addr"
+	flags = append(flags, "-pid", n.pidFile, "sh", "-c", `echo $CASSANDRA_HOSTS:$CASSANDRA_PORT > "$0"; exec sleep 3600`, addrFile)
+	cmd := exec.Command(buildLauncher(), flags...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+	})
+	await(t, 4*time.Minute, "started", func() bool {
+		addr, _ := os.ReadFile(addrFile)
+		n.addr = strings.TrimSpace(string(addr))
+		return n.addr != ""
+	})
+	return n
+}
+
+// signal sends a signal such as "KILL" to a node, the first being 1.
+func (n *node) signal(t testing.TB, signal string, number int) {
+	t.Helper()
+	if out, err := exec.Command("sh", "-c", fmt.Sprintf("kill -%s $(sed -n %dp %s)", signal, number, n.pidFile)).CombinedOutput(); err != nil {
+		t.Errorf("signalling node %d: %v, %s", number, err, out)
+	}
+}
+
+// awaitResponse waits until the node at a host of the cluster responds to CQL, and returns a session.
+func (n *node) awaitResponse(t testing.TB, host string) (db *gocql.Session) {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(n.addr)
+	await(t, 3*time.Minute, "responding at "+host, func() bool {
+		var err error
+		db, err = connect(net.JoinHostPort(host, port))
+		return err == nil
+	})
+	t.Cleanup(db.Close)
+	return db
+}

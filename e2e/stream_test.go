@@ -1,0 +1,350 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/gocql/gocql"
+)
+
+const crowdPage = 250_000 // bytes: less than the JSON of 1000 users of the crowd, more than Cassandra sends for them
+
+// pages follows page_state and returns all users and the number of responses.
+func (s *service) pages(t testing.TB, query string, headers ...string) (users []user, responses int) {
+	t.Helper()
+	for state := ""; ; {
+		r := s.do("GET /users/stream/pages?"+query+state, "", headers...)
+		p := decode[struct {
+			Users     []user
+			HasMore   bool    `json:"has_more"`
+			PageState *string `json:"page_state"`
+		}](t, r, 200)
+		if p.Users == nil || p.HasMore != (p.PageState != nil) || p.HasMore != (r.header.Get("Link") != "") {
+			t.Fatalf("%s: inconsistent end", r)
+		}
+		users = append(users, p.Users...)
+		if responses++; !p.HasMore {
+			return users, responses
+		}
+		state = "&page_state=" + *p.PageState
+	}
+}
+
+// list follows the Links of GET /users and returns all users.
+func (s *service) list(t testing.TB, limit int) (users []user) {
+	t.Helper()
+	for target := fmt.Sprint("/users?limit=", limit); target != ""; {
+		r := s.do("GET "+target, "")
+		part := decode[[]user](t, r, 200)
+		link, _, _ := strings.Cut(r.header.Get("Link"), ">")
+		if target = strings.TrimPrefix(link, "<"); target != "" && len(part) != limit {
+			t.Errorf("%d users and a next page, want %d", len(part), limit)
+		}
+		users = append(users, part...)
+	}
+	return users
+}
+
+func (s *service) stream(t testing.TB, query string) []user {
+	t.Helper()
+	return decode[[]user](t, s.do("GET /users/stream?"+query, ""), 200)
+}
+
+// wantSeeded fails unless users are those of n seeded ones that have at least minAge, each once.
+func wantSeeded(t testing.TB, users []user, n, minAge int) {
+	t.Helper()
+	seen, missing := make([]bool, n), 0
+	for _, u := range users {
+		i, err := strconv.Atoi(u.Name)
+		if err != nil || i >= n || seen[i] || u.ID != userID(i).String() || u.Age != seededAge(i) || u.Age < minAge {
+			t.Fatalf("%+v is repeated or not wanted", u)
+		}
+		seen[i] = true
+	}
+	for i := range n {
+		if !seen[i] && seededAge(i) >= minAge {
+			missing++
+		}
+	}
+	if missing > 0 {
+		t.Errorf("%d users of age %d and above, %d are missing", len(users), minAge, missing)
+	}
+}
+
+func TestEveryUserComesOnce(t *testing.T) {
+	s := startHealthy(t, useCrowd(t))
+	wantSeeded(t, s.list(t, 100), crowdSize, 0)
+	for _, age := range []int{0, 1, 90, 99, 150} {
+		query := fmt.Sprintf("fetch_size=700&age_filter=%d", age)
+		wantSeeded(t, s.stream(t, query), crowdSize, age)
+		users, _ := s.pages(t, query)
+		wantSeeded(t, users, crowdSize, age)
+	}
+}
+
+func TestQueriesOfStreams(t *testing.T) {
+	small, large := startHealthy(t), startHealthy(t, useCrowd(t))
+	want(t, small.do("POST /users/batch", batchOf(20, ada)), 201)
+	for _, tt := range []struct {
+		s              *service
+		query          string
+		users, queries int
+	}{
+		{small, "", 20, 1}, {small, "limit=7", 7, 1}, {small, "age_filter=30", 20, 2}, {small, "age_filter=40", 0, 2},
+		{large, "fetch_size=1000", crowdSize, 14}, {large, "fetch_size=1000&limit=9000", 9000, 14},
+	} {
+		before := tt.s.metrics(t)
+		users, after := len(tt.s.stream(t, tt.query)), tt.s.metrics(t)
+		if queries := int(after.Queries - before.Queries); users != tt.users || queries > tt.queries || after.Rows-before.Rows != int64(users) {
+			t.Errorf("stream?%s: %d users by %d queries, want %d by at most %d", tt.query, users, queries, tt.users, tt.queries)
+		}
+	}
+}
+
+func TestFirstUsersComeAfterOnePage(t *testing.T) {
+	s, proxy := startBehindProxy(t, useCrowd(t))
+	proxy.credit.Store(crowdPage)
+	r, err := http.Get(s.url + "/users/stream?fetch_size=1000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	users := json.NewDecoder(r.Body)
+	users.Token()
+	for i := range crowdSize {
+		if i == 1000 {
+			proxy.credit.Store(math.MaxInt64)
+		}
+		if err := users.Decode(new(user)); err != nil {
+			t.Fatalf("after %d users: %v", i, err)
+		}
+	}
+}
+
+// wantAborted streams by curl until the proxy holds Cassandra back, and checks that curl sees the truncation.
+func wantAborted(t *testing.T, s *service, proxy *proxy, accept string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "users")
+	proxy.credit.Store(2 * crowdPage)
+	curl := exec.Command("curl", "-s", "-o", file, "-H", "Accept: "+accept, "-H", "X-Request-Timeout: 2", s.url+"/users/stream")
+	curl.Run()
+	proxy.credit.Store(math.MaxInt64)
+	body, _ := os.ReadFile(file)
+	status, n := curl.ProcessState.ExitCode(), strings.Count(string(body), `"age"`)
+	if status != 18 || json.Valid(body) || n == 0 || n == crowdSize {
+		t.Errorf("curl exits with %d after %d users, want 18 after some; valid JSON: %t", status, n, json.Valid(body))
+	}
+}
+
+func TestAbortedStreamIsVisible(t *testing.T) {
+	s, proxy := startBehindProxy(t, useCrowd(t))
+	for _, accept := range []string{"application/json", "application/x-ndjson"} {
+		wantAborted(t, s, proxy, accept)
+	}
+	if n := s.metrics(t).ByRoute["GET /users/stream"]["aborted"]; n != 2 {
+		t.Errorf("aborted streams = %d, want 2", n)
+	}
+}
+
+// export reads NDJSON until a stream is complete, resuming each aborted one at its page_state.
+func (s *service) export(t testing.TB, query string, before func(), headers ...string) (users []user, aborted int) {
+	t.Helper()
+	for state := ""; ; aborted++ {
+		before()
+		r := s.do("GET /users/stream?"+query+state, "", append(headers, "Accept: application/x-ndjson")...)
+		var last struct {
+			user
+			Status    int
+			PageState string `json:"page_state"`
+		}
+		for line := range strings.Lines(r.body) {
+			if err := json.Unmarshal([]byte(line), &last); err != nil {
+				t.Fatalf("line %q: %v", line, err)
+			}
+			if last.Status == 0 {
+				users = append(users, last.user)
+			}
+		}
+		if r.err == nil && r.status == 200 && last.Status == 0 {
+			return users, aborted
+		}
+		if r.err == nil || last.PageState == "" {
+			t.Fatalf("%s: last line %+v", r, last)
+		}
+		state = "&page_state=" + last.PageState
+		s.awaitHealthy(t, 3*time.Minute)
+	}
+}
+
+func TestAbortedExportResumes(t *testing.T) {
+	s, proxy := startBehindProxy(t, useCrowd(t))
+	for query, minAge := range map[string]int{"fetch_size=1000": 0, "fetch_size=1000&age_filter=50": 50} {
+		credit := int64(2 * crowdPage)
+		users, aborted := s.export(t, query, func() {
+			proxy.credit.Store(credit)
+			credit = math.MaxInt64
+		}, "X-Request-Timeout: 2")
+		if wantSeeded(t, users, crowdSize, minAge); aborted != 1 {
+			t.Errorf("%s: aborted %d times, want once", query, aborted)
+		}
+	}
+}
+
+func TestNodeIsKilledDuringExport(t *testing.T) {
+	needsLong(t)
+	const size = 300_000
+	n := startNode(t, "-restart", "1s")
+	s := startHealthy(t, cassandraAt(n.addr)...)
+	seed(t, n.awaitResponse(t, "127.0.0.1"), s.keyspace, size)
+	var kills atomic.Int64
+	users, aborted := s.export(t, "", func() {
+		if rows := s.metrics(t).Rows; kills.Add(1) <= 10 {
+			go func() {
+				for s.metrics(t).Rows == rows {
+				}
+				n.signal(t, "KILL", 1)
+			}()
+		}
+	})
+	if wantSeeded(t, users, size, 0); aborted < 10 {
+		t.Errorf("aborted %d times, want 10", aborted)
+	}
+}
+
+func TestStreamsLeaveNothingBehind(t *testing.T) {
+	s := startHealthy(t, useCrowd(t))
+	s.stream(t, "")
+	before := s.metrics(t)
+	for i := range 400 {
+		s.dial(t, rawGet(fmt.Sprint("/users/stream?fetch_size=", 1+i)), 1500).Close()
+	}
+	s.awaitQuiet(t, before)
+	var readers []net.Conn
+	for i := range 64 {
+		readers = append(readers, s.dial(t, rawGet([]string{"/users/stream", "/users/stream/pages?fetch_size=5000"}[i%2]), 1))
+	}
+	for _, target := range []string{"/users/stream", "/users/stream/pages"} {
+		want(t, s.do("GET "+target, ""), 503, "Too many concurrent streams; try again in a second")
+	}
+	want(t, s.do("GET /users", ""), 200)
+	for _, reader := range readers {
+		reader.Close()
+	}
+	s.awaitQuiet(t, before)
+}
+
+const roundTrip = 520 * time.Millisecond
+
+func TestSlowNetwork(t *testing.T) {
+	t.Parallel()
+	started := func(settings ...string) *service {
+		proxy := startProxy(t, listen(t, "127.0.0.1:0"), roundTrip/2)
+		return start(t, append(settings, cassandraAt(proxy.Addr().String())...)...)
+	}
+	small, large := started(), started(useCrowd(t))
+	small.awaitHealthy(t, 3*20*roundTrip)
+	large.awaitHealthy(t, 3*20*roundTrip)
+	want(t, small.do("POST /users/batch", batchOf(20, ada)), 201)
+	for _, query := range []string{"", "age_filter=30", "limit=20"} {
+		began := time.Now()
+		if n := len(small.stream(t, query)); n != 20 || time.Since(began) > 9*time.Second {
+			t.Errorf("stream?%s: %d users after %s, want 20 within 3 s", query, n, time.Since(began))
+		}
+	}
+	if users, responses := small.pages(t, "age_filter=30"); len(users) != 20 || responses != 1 {
+		t.Errorf("%d users in %d pages, want 20 in 1", len(users), responses)
+	}
+	users, responses := large.pages(t, "age_filter=99", "X-Request-Timeout: 1")
+	wantSeeded(t, users, crowdSize, 99)
+	began := time.Now()
+	wantSeeded(t, large.stream(t, "fetch_size=400"), crowdSize, 0)
+	t.Logf("%d filtered pages within 1 s each; 25 plain ones after %s", responses, time.Since(began))
+	if most := (25/3 + 4) * roundTrip; time.Since(began) > most*3/2 {
+		t.Errorf("a stream of 25 pages took %s, want at most %s", time.Since(began), most)
+	}
+}
+
+func TestTombstones(t *testing.T) {
+	n := 150_000
+	if *long {
+		n = 2_000_000
+	}
+	s := startHealthy(t)
+	seed(t, admin, s.keyspace, 5)
+	remove := "DELETE FROM " + s.keyspace + ".users WHERE id = ?"
+	inBatches(t, admin, n, func(b *gocql.Batch, i int) { b.Query(remove, userID(i+5)) })
+	began := time.Now()
+	for _, query := range []string{"", "age_filter=0"} {
+		wantSeeded(t, s.stream(t, query), 5, 0)
+		users, _ := s.pages(t, query)
+		wantSeeded(t, users, 5, 0)
+	}
+	wantSeeded(t, s.list(t, 2), 5, 0)
+	t.Logf("five users among %d tombstones, five times, after %s", n, time.Since(began))
+}
+
+func TestSlowReaders(t *testing.T) {
+	needsLong(t)
+	s := startHealthy(t, useCrowd(t))
+	t.Run("pauses of 20 s in the last megabyte", func(t *testing.T) {
+		t.Parallel()
+		size := int64(len(s.do("GET /users/stream", "").body))
+		conn := s.dial(t, rawGet("/users/stream"), size-1<<20)
+		for range 4 {
+			time.Sleep(20 * time.Second)
+			io.CopyN(io.Discard, conn, 240<<10)
+		}
+		if rest, err := io.ReadAll(conn); !strings.HasSuffix(string(rest), "]\n\r\n0\r\n\r\n") {
+			t.Errorf("%d bytes, %v; want the end of an array", len(rest), err)
+		}
+	})
+	t.Run("30 s of nothing", func(t *testing.T) {
+		t.Parallel()
+		began := time.Now()
+		s.dial(t, rawGet("/users/stream"), 1)
+		await(t, 90*time.Second, "disconnected", func() bool { return s.metrics(t).ByRoute["GET /users/stream"]["aborted"] == 1 })
+		if took := time.Since(began); took < 15*time.Second {
+			t.Errorf("disconnected after %s, want 30 s", took)
+		}
+	})
+}
+
+// Resident memory is bounded by fetch_size, never by the number of rows.
+func TestMemoryOfStreams(t *testing.T) {
+	needsLong(t)
+	keyspace := startHealthy(t).keyspace
+	seed(t, admin, keyspace, 1_000_000)
+	for _, tt := range []struct {
+		name, target string
+		readers      int
+		bytes        int64 // then a reader stops for 20 s
+		most         int   // MB
+	}{
+		{"one stream", "/users/stream", 1, math.MaxInt64, 60},
+		{"64 streams with slow readers", "/users/stream?fetch_size=5000", 64, 4 << 20, 500},
+		{"160 slow readers of pages", "/users/stream/pages?fetch_size=5000", 160, 100, 500},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := startCommand(t, exec.Command(buildPlain()), inKeyspace+keyspace)
+			s.awaitHealthy(t, 15*time.Second)
+			concurrently(tt.readers, func(int) {
+				if s.dial(t, rawGet(tt.target), tt.bytes); tt.readers > 1 {
+					time.Sleep(20 * time.Second)
+				}
+			})
+			s.wantMemory(t, tt.most)
+		})
+	}
+}
