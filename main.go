@@ -96,7 +96,7 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	if err != nil {
 		return err
 	}
-	slog.SetDefault(slog.New(cfg.logHandler(stderr)))
+	slog.SetDefault(slog.New(cfg.newLog(stderr)))
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
 	listener, err := net.Listen("tcp", cfg.addr)
@@ -171,14 +171,13 @@ func waitUntil(done func() bool, timeout time.Duration) bool {
 
 // settings is the configuration read from the environment.
 type settings struct {
-	addr            string
-	allowedHosts    []string // nil: any
-	allowShutdown   bool
-	cluster         cluster
-	maxInFlight     int
-	drainDelay      time.Duration
-	shutdownTimeout time.Duration
-	logFormat       string
+	addr                        string
+	allowedHosts                []string // nil: any
+	allowShutdown               bool
+	cluster                     cluster
+	maxInFlight                 int
+	drainDelay, shutdownTimeout time.Duration
+	newLog                      func(io.Writer) slog.Handler
 }
 
 // loadSettings reads and checks the environment. Its error is one line that
@@ -190,15 +189,15 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		maxInFlight:     setting(env, "MAX_IN_FLIGHT", "1024", "a whole number from 1 to 1000000", wholeNumber(1, 1_000_000)),
 		drainDelay:      setting(env, "DRAIN_DELAY", "0s", "a duration, such as 5s", parseDuration),
 		shutdownTimeout: setting(env, "SHUTDOWN_TIMEOUT", "20s", "a duration, such as 20s", parseDuration),
-		logFormat:       setting(env, "LOG_FORMAT", "text", "text or json", matching(`^(text|json)$`)),
+		newLog:          setting(env, "LOG_FORMAT", "text", "text or json", parseLogFormat),
 		cluster:         loadCluster(env),
 	}
-	hosts, shutdownEndpoint := "*", "off"
+	hosts, onOrOff := "*", "off"
 	if isLoopback(s.addr) {
-		hosts, shutdownEndpoint = "localhost,127.0.0.1,::1", "on"
+		hosts, onOrOff = "localhost,127.0.0.1,::1", "on"
 	}
 	s.allowedHosts = setting(env, "ALLOWED_HOSTS", hosts, "host names separated by commas, or *", parseAllowedHosts)
-	s.allowShutdown = setting(env, "SHUTDOWN_ENDPOINT", shutdownEndpoint, "on or off", matching(`^(on|off)$`)) == "on"
+	s.allowShutdown = setting(env, "SHUTDOWN_ENDPOINT", onOrOff, "on or off", matching(`^(on|off)$`)) == "on"
 	if s.shutdownTimeout < s.drainDelay {
 		env.reject("SHUTDOWN_TIMEOUT is %q, it must be at least DRAIN_DELAY, which is %q", s.shutdownTimeout, s.drainDelay)
 	}
@@ -206,13 +205,6 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		return settings{}, errors.New(strings.Join(env.invalid, "; "))
 	}
 	return s, nil
-}
-
-func (s settings) logHandler(w io.Writer) slog.Handler {
-	if s.logFormat == "json" {
-		return slog.NewJSONHandler(w, nil)
-	}
-	return slog.NewTextHandler(w, nil)
 }
 
 // environment collects what is wrong with the settings read from it.
@@ -267,6 +259,13 @@ func parseDuration(text string) (time.Duration, bool) {
 	return d, err == nil && d >= 0
 }
 
+func parseLogFormat(text string) (func(io.Writer) slog.Handler, bool) {
+	if text == "json" {
+		return func(w io.Writer) slog.Handler { return slog.NewJSONHandler(w, nil) }, true
+	}
+	return func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, nil) }, text == "text"
+}
+
 func matching(pattern string) func(string) (string, bool) {
 	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
 }
@@ -291,21 +290,21 @@ func newRouter(cfg settings) *router {
 	handle("POST /users", postUser)
 	handle("GET /users", listUsers)
 	handle("POST /users/batch", postBatch)
-	handle("GET /users/stream", streamUsers, noDeadline)
-	handle("GET /users/stream/pages", getUsersPage)
+	handle("GET /users/stream", streams.limit("streams", streamUsers), noDeadline)
+	handle("GET /users/stream/pages", streams.limit("streams", getUsersPage))
 	handle("GET /users/{id}", getUser)
 	handle("PUT /users/{id}", putUser)
 	handle("PATCH /users/{id}", patchUser)
 	handle("DELETE /users/{id}", removeUser)
-	handle("GET /performance/async", selfTest(measure("async")))
-	handle("GET /performance/sync", selfTest(measure("sync")))
+	handle("GET /performance/async", selfTests.queue(measure("async")))
+	handle("GET /performance/sync", selfTests.queue(measure("sync")))
 	handle("GET /slow_query", slowQuery(5*time.Second, "Slow query completed"))
 	handle("GET /long_running_query", slowQuery(10*time.Second, "Long running query completed"))
-	handle("POST /context_manager_safety/query_error", selfTest(testQueryError))
-	handle("POST /context_manager_safety/streaming_error", selfTest(testStreamingError))
-	handle("POST /context_manager_safety/concurrent_streams", selfTest(testConcurrentStreams))
-	handle("POST /context_manager_safety/nested_contexts", selfTest(testNestedContexts))
-	handle("POST /context_manager_safety/cancellation", selfTest(testCancellation))
+	handle("POST /context_manager_safety/query_error", selfTests.queue(testQueryError))
+	handle("POST /context_manager_safety/streaming_error", selfTests.queue(testStreamingError))
+	handle("POST /context_manager_safety/concurrent_streams", selfTests.queue(testConcurrentStreams))
+	handle("POST /context_manager_safety/nested_contexts", selfTests.queue(testNestedContexts))
+	handle("POST /context_manager_safety/cancellation", selfTests.queue(testCancellation))
 	handle("GET /context_manager_safety/status", getSafetyStatus)
 
 	// These are no user ids, so other methods are 405 and not GET or PUT /users/{id}.
@@ -355,12 +354,14 @@ type route struct {
 }
 
 func (rt *router) handle(pattern string, h handler, opts ...options) {
-	line := &route{router: rt, handler: h}
+	endpoint := strings.TrimSuffix(pattern, "{$}")
+	line := &route{router: rt, handler: h, stats: statsOf(endpoint)}
 	for _, o := range opts {
 		line.options |= o
 	}
-	endpoint := strings.TrimSuffix(pattern, "{$}")
-	line.stats = statsOf(endpoint)
+	if line.options&uncapped == 0 {
+		line.handler = rt.inFlight.limit("requests", h)
+	}
 	rt.endpoints = append(rt.endpoints, endpoint)
 	rt.mux.Handle(pattern, line)
 }
@@ -438,20 +439,19 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 		defer cancel()
 		r = r.WithContext(ctx)
 	}
-	size := bodySize(r)
-	defer line.bodies.Add(-size)
-	if line.bodies.Add(size) > maxBodies {
-		http.NewResponseController(w).SetReadDeadline(time.Now())
-		return unavailable("Too many large request bodies; try again in a second")
+	if r.Body != http.NoBody {
+		size := int64(maxBody) // of a chunked body
+		if r.ContentLength >= 0 {
+			size = min(size, r.ContentLength)
+		}
+		defer line.bodies.Add(-size)
+		if line.bodies.Add(size) > maxBodies {
+			http.NewResponseController(w).SetReadDeadline(time.Now())
+			return unavailable("Too many large request bodies; try again in a second")
+		}
 	}
 	if err := receiveBody(w, r, cmp.Or(timeout, defaultTimeout)); err != nil {
 		return err
-	}
-	if line.options&uncapped == 0 {
-		if !line.inFlight.enter() {
-			return unavailable("Too many concurrent requests; try again in a second")
-		}
-		defer line.inFlight.leave()
 	}
 	if currentSession() == nil && line.options&offline == 0 {
 		return queryErrorf(read, errNotConnected, "handling a request")
@@ -497,17 +497,10 @@ func requestTimeout(r *http.Request, noDefault bool) (time.Duration, error) {
 	}
 	given, _ := strconv.ParseFloat(values[0], 64)
 	if len(values) > 1 || !seconds.MatchString(values[0]) || given == 0 {
-		return 0, invalid(fieldError{Header: "X-Request-Timeout", Detail: "must be a single positive number of seconds, such as 0.5"})
+		const rule = "must be a single positive number of seconds, such as 0.5"
+		return 0, invalid(fieldError{Header: "X-Request-Timeout", Detail: rule})
 	}
 	return min(time.Duration(given*float64(time.Second)), maxTimeout), nil
-}
-
-// bodySize returns the declared size of a body, or the most that it may have.
-func bodySize(r *http.Request) int64 {
-	if r.ContentLength < 0 || r.ContentLength > maxBody {
-		return maxBody
-	}
-	return r.ContentLength
 }
 
 // receivedBody is a body that has been received completely.
@@ -537,7 +530,8 @@ func receiveBody(w *recorder, r *http.Request, timeout time.Duration) error {
 	switch {
 	case errors.As(err, &tooLarge):
 		control.SetReadDeadline(time.Now()) // net/http would wait for the rest
-		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: fmt.Sprintf("The body is too large; the limit is %d bytes", maxBody)}
+		detail := fmt.Sprintf("The body is too large; the limit is %d bytes", maxBody)
+		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: detail}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return &problem{Status: http.StatusRequestTimeout, Detail: "The body did not arrive in time"}
 	case err != nil:
@@ -550,17 +544,30 @@ func receiveBody(w *recorder, r *http.Request, timeout time.Duration) error {
 // gate limits how many requests are inside it.
 type gate chan struct{}
 
-// enter reports whether there was room.
-func (g gate) enter() bool {
-	select {
-	case g <- struct{}{}:
-		return true
-	default:
-		return false
+// limit makes a handler refuse requests beyond the limit.
+func (g gate) limit(what string, h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		select {
+		case g <- struct{}{}:
+			defer g.leave()
+			return h(w, r)
+		default:
+			return unavailable("Too many concurrent " + what + "; try again in a second")
+		}
 	}
 }
 
-// wait enters as soon as there is room, or returns an error when ctx ends.
+// queue makes requests beyond the limit wait within their deadline.
+func (g gate) queue(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if err := g.wait(r.Context()); err != nil {
+			return err
+		}
+		defer g.leave()
+		return h(w, r)
+	}
+}
+
 func (g gate) wait(ctx context.Context) error {
 	select {
 	case g <- struct{}{}:
@@ -606,58 +613,58 @@ func (w *recorder) renewDeadline() {
 	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
 }
 
-// finish responds with the handler's error, logs it unless it is the client's,
-// and returns the status to count.
+// finish responds with the handler's error, logs it if it is the server's, and
+// returns the status to count.
 func (w *recorder) finish(r *http.Request, id string, err error) int {
-	w.renewDeadline() // for what net/http has buffered, and the closing bytes
+	w.renewDeadline() // for the closing bytes, and whatever net/http has buffered
 	switch {
 	case err == nil:
 		return cmp.Or(w.status, http.StatusOK)
 	case err == http.ErrAbortHandler:
 		return statusAborted
 	}
-	p := asProblem(r, err)
+	p := asProblem(context.Cause(r.Context()), err)
 	if w.failed || p.Status == statusClientLeft {
 		return statusClientLeft
 	}
 	p.Title, p.RequestID = http.StatusText(p.Status), id
 	if isServerFault(r, p, err) {
-		slog.Error("request failed", "request_id", id, "method", r.Method, "path", r.URL.Path, "status", p.Status, "started", w.status != 0, "error", err)
+		slog.Error("request failed", "request_id", id, "method", r.Method, "path", r.URL.Path, "status", p.Status, "error", err)
 	}
-	if w.status == 0 {
-		return w.writeProblem(p)
-	}
-	if w.Header().Get("Content-Type") == ndjson {
-		json.NewEncoder(w).Encode(p)
+	body, _ := json.Marshal(p)
+	body = append(body, '\n')
+	switch {
+	case w.status == 0:
+		w.writeProblem(p, body)
+		return p.Status
+	case w.Header().Get("Content-Type") == ndjson:
+		w.Write(body)
 		http.NewResponseController(w).Flush()
 	}
 	return statusAborted
 }
 
 // isServerFault reports whether an error belongs in the log: not if the client
-// caused it, set the deadline itself, or if there is simply no Cassandra, which
+// caused it or set the deadline, and not if there is simply no Cassandra, which
 // the log has said already.
 func isServerFault(r *http.Request, p *problem, err error) bool {
-	hasDeadline := r.Header.Get("X-Request-Timeout") != ""
-	return p.Status >= 500 && err != error(p) && !isUnreachable(err) && !(hasDeadline && errors.Is(err, context.DeadlineExceeded))
+	isClients := r.Header["X-Request-Timeout"] != nil && errors.Is(err, context.DeadlineExceeded)
+	return p.Status >= 500 && err != error(p) && !isClients && !isUnreachable(err)
 }
 
-func (w *recorder) writeProblem(p *problem) int {
-	header := w.Header()
-	header.Set("Content-Type", "application/problem+json")
+func (w *recorder) writeProblem(p *problem, body []byte) {
+	w.Header().Set("Content-Type", "application/problem+json")
 	if p.Status == http.StatusServiceUnavailable {
-		header.Set("Retry-After", "1")
+		w.Header().Set("Retry-After", "1")
 	}
 	if p.Status != http.StatusPreconditionFailed {
-		header.Del("ETag")
+		w.Header().Del("ETag")
 	}
 	if p.Status != http.StatusGatewayTimeout {
-		header.Del("Location")
+		w.Header().Del("Location")
 	}
-	body, _ := json.Marshal(p)
 	w.WriteHeader(p.Status)
-	w.Write(append(body, '\n'))
-	return p.Status
+	w.Write(body)
 }
 
 // problem is an RFC 9457 error response.
@@ -698,40 +705,40 @@ type notFound string
 func (e notFound) Error() string { return string(e) }
 
 // asProblem maps every error to a response; the driver's text only goes to the
-// log. The context of r ends only when the client leaves or a drain aborts it.
-func asProblem(r *http.Request, err error) *problem {
-	p := problemOf(context.Cause(r.Context()), err)
-	if broken, ok := errors.AsType[*streamError](err); ok {
-		p.PageState = broken.pageState
-	}
-	return p
-}
-
-func problemOf(cause, err error) *problem {
+// log. cause says why the request's context ended, its own deadline aside: because
+// the client left or a drain timed out.
+func asProblem(cause, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
+		return p
+	}
+	respond := func(status int, detail string) *problem {
+		p := &problem{Status: status, Detail: detail}
+		if broken, ok := errors.AsType[*streamError](err); ok {
+			p.PageState = broken.pageState
+		}
 		return p
 	}
 	missing, isMissing := errors.AsType[notFound](err)
 	outcome := outcomeOf(err)
 	switch {
 	case cause != nil && cause != errShutdown:
-		return &problem{Status: statusClientLeft}
+		return respond(statusClientLeft, "")
 	case isMissing:
-		return &problem{Status: http.StatusNotFound, Detail: string(missing)}
+		return respond(http.StatusNotFound, string(missing))
 	case errors.Is(err, errTagMismatch):
-		return &problem{Status: http.StatusPreconditionFailed, Detail: "If-Match does not match the user's current ETag"}
+		return respond(http.StatusPreconditionFailed, "If-Match does not match the user's current ETag")
 	case errors.Is(err, errKeyReused):
 		return invalid(fieldError{Header: "Idempotency-Key", Detail: "was used for a different request"})
 	case outcome == inDoubt:
-		return &problem{Status: http.StatusGatewayTimeout, Detail: inDoubtDetail(err)}
+		return respond(http.StatusGatewayTimeout, inDoubtDetail(err))
 	case outcome == notWritten:
-		return unavailable("Cassandra is not available; try again in a moment")
+		return respond(http.StatusServiceUnavailable, "Cassandra is not available; try again in a moment")
 	case cause == errShutdown:
-		return unavailable("The service is shutting down")
+		return respond(http.StatusServiceUnavailable, "The service is shutting down")
 	case outcome == late || errors.Is(err, context.DeadlineExceeded):
-		return &problem{Status: http.StatusGatewayTimeout, Detail: "timeout: the deadline passed before the response was ready"}
+		return respond(http.StatusGatewayTimeout, "timeout: the deadline passed before the response was ready")
 	}
-	return &problem{Status: http.StatusInternalServerError, Detail: "Internal error; search the log for this request_id"}
+	return respond(http.StatusInternalServerError, "Internal error; search the log for this request_id")
 }
 
 // writeJSON responds with a JSON body, which it encodes before it sends the status.
@@ -793,19 +800,16 @@ func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
 		w.WriteHeader(http.StatusFound)
 		return nil
 	}
-	return writeJSON(w, http.StatusOK, struct {
-		Message   string   `json:"message"`
-		Version   string   `json:"version"`
-		Docs      string   `json:"docs"`
-		Endpoints []string `json:"endpoints"`
-	}{"cassandra-service-go is running!", version, "/docs", rt.endpoints})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"message": "cassandra-service-go is running!", "version": version, "docs": "/docs", "endpoints": rt.endpoints,
+	})
 }
 
 // getDocument responds with an embedded file. Its policy lets the page run its
 // own style and script, and talk to this service only.
 func getDocument(body []byte, contentType string) handler {
-	policy := fmt.Sprintf("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-		inlineSource(body, "style"), inlineSource(body, "script"))
+	policy := fmt.Sprintf("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "+
+		"base-uri 'none'; form-action 'none'; frame-ancestors 'none'", inlineSource(body, "style"), inlineSource(body, "script"))
 	return func(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Content-Security-Policy", policy)
 		return writeBody(w, http.StatusOK, contentType, body)
@@ -851,8 +855,9 @@ func isLoopback(address string) bool {
 }
 
 func isForwarded(header http.Header) bool {
+	traces := []string{"Forwarded", "Via", "X-Real-Ip", "True-Client-Ip", "Cf-Connecting-Ip"}
 	for name := range header {
-		if strings.HasPrefix(name, "X-Forwarded") || slices.Contains([]string{"Forwarded", "Via", "X-Real-Ip", "True-Client-Ip", "Cf-Connecting-Ip"}, name) {
+		if strings.HasPrefix(name, "X-Forwarded") || slices.Contains(traces, name) {
 			return true
 		}
 	}

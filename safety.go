@@ -40,19 +40,7 @@ const (
 	selectClusterName = `SELECT cluster_name FROM system.local WHERE key = 'local'`
 )
 
-// selfTests limits concurrent self-tests and performance runs.
 var selfTests = make(gate, maxSelfTests)
-
-// selfTest makes a handler wait, within its deadline, for others to finish.
-func selfTest(h handler) handler {
-	return func(w http.ResponseWriter, r *http.Request) error {
-		if err := selfTests.wait(r.Context()); err != nil {
-			return err
-		}
-		defer selfTests.leave()
-		return h(w, r)
-	}
-}
 
 // performance is the response of GET /performance/async and /performance/sync.
 type performance struct {

@@ -1,8 +1,7 @@
-// This file sends result sets of any size in bounded memory, as one JSON array,
+// This file sends result sets of any size in bounded memory: as one JSON array,
 // as NDJSON, or page by page. It shows a scan in token order that can resume
-// behind any row, slices that are read concurrently and returned in order,
-// back-pressure, cancellation, and why a failed stream aborts its connection. It
-// serves every table that has a range statement, a row type and a name.
+// behind any row, slices read concurrently and returned in order, back-pressure,
+// cancellation, and why a failed stream aborts its connection.
 
 package main
 
@@ -30,7 +29,7 @@ import (
 
 const (
 	maxStreams    = 64      // streams and pages that are being sent
-	maxPages      = 4       // of one stream in memory; three are read while one is sent, and more were no faster
+	maxPages      = 4       // of one stream in memory: three are read while one is sent; more are no faster
 	defaultFetch  = 1000    // rows in a Cassandra page, where throughput has nearly levelled off
 	maxFetch      = 5000    // rows; as JSON a page of the longest users then has 4 MB
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
@@ -47,7 +46,6 @@ const (
 	startAgain    = "; start again without page_state"
 )
 
-// streams limits the streams and pages that are being sent.
 var streams = make(gate, maxStreams)
 
 // table is what a scan needs to know of a table whose key is a random UUID.
@@ -58,7 +56,7 @@ type table struct {
 	newRow         func() row
 }
 
-// row is a row of a table. A scan reuses one for all rows.
+// row is a row of a table. A page reuses one for all rows.
 type row interface {
 	columns() []any // Scan destinations
 	key() uuid.UUID
@@ -72,17 +70,17 @@ func streamUsers(w http.ResponseWriter, r *http.Request) error { return stream(w
 func getUsersPage(w http.ResponseWriter, r *http.Request) error { return getPage(w, r, usersTable) }
 
 // stream sends a table as a JSON array or as NDJSON and flushes it page by page.
-// It fetches the first page before it sends the status line, so an early failure
-// has its own status. If it fails later, the end of the array is missing.
+// It reads the first page before it sends the status line, so an early failure has
+// its own status. After a later one only an aborted connection can show that the
+// body is incomplete.
 func stream(w http.ResponseWriter, r *http.Request, t *table) error {
-	params := newParameters(r)
-	fetchSize, s := params.number("fetch_size", defaultFetch, 1, maxFetch), params.scan(t, streamToken)
-	if err := params.err(); err != nil {
+	s, fetchSize, err := newParameters(r).fetch(t)
+	if err != nil {
 		return err
 	}
 	if !r.ProtoAtLeast(1, 1) { // it has no framing that shows a truncated body
 		w.Header().Set("Upgrade", "HTTP/1.1")
-		detail := "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1"
+		const detail = "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1"
 		return &problem{Status: http.StatusUpgradeRequired, Detail: detail}
 	}
 	contentType := preferred(r, "application/json", ndjson)
@@ -91,10 +89,6 @@ func stream(w http.ResponseWriter, r *http.Request, t *table) error {
 	if r.Method == http.MethodHead {
 		return nil
 	}
-	if !streams.enter() {
-		return errTooManyStreams()
-	}
-	defer streams.leave()
 	before, end := "[", "[]\n"
 	for p, err := range s.pages(r.Context(), fetchSize) {
 		if err != nil {
@@ -103,23 +97,19 @@ func stream(w http.ResponseWriter, r *http.Request, t *table) error {
 		text := p.json
 		if contentType != ndjson && p.rows > 0 {
 			io.WriteString(w, before) // its error comes again with the next write
-			text = p.array()
+			text, before, end = p.array(), ",", "]\n"
 		}
 		if _, err := w.Write(text); err != nil {
 			return err
 		}
 		counters.rowsStreamed.Add(int64(p.rows))
-		if p.rows > 0 {
-			before, end = ",", "]\n"
-		}
 		if err := http.NewResponseController(w).Flush(); err != nil {
 			return err
 		}
 	}
-	if contentType == ndjson {
-		return nil
+	if contentType != ndjson {
+		_, err = io.WriteString(w, end)
 	}
-	_, err := io.WriteString(w, end)
 	return err
 }
 
@@ -131,36 +121,27 @@ type streamError struct {
 
 func (e *streamError) Unwrap() error { return e.error }
 
-func errTooManyStreams() error {
-	return unavailable("Too many concurrent streams; try again in a second")
-}
-
 // getPage sends one page of a table and a token for the next.
 func getPage(w http.ResponseWriter, r *http.Request, t *table) error {
-	params := newParameters(r)
-	fetchSize, s := params.number("fetch_size", defaultFetch, 1, maxFetch), params.scan(t, streamToken)
-	if err := params.err(); err != nil {
+	s, fetchSize, err := newParameters(r).fetch(t)
+	if err != nil {
 		return err
 	}
 	if r.Method == http.MethodHead {
 		w.Header().Set("Content-Type", "application/json")
 		return nil
 	}
-	if !streams.enter() {
-		return errTooManyStreams()
-	}
-	defer streams.leave()
 	p, err := s.page(r.Context(), fetchSize)
 	if err != nil {
 		return err
 	}
 	next := "null"
-	if s.more() {
-		next = strconv.Quote(s.token(streamToken))
-		linkNext(w, fmt.Sprintf("%s?fetch_size=%d&page_state=%s", r.URL.Path, fetchSize, s.token(streamToken)))
+	if token := s.token(streamToken); s.more() {
+		next = strconv.Quote(token)
+		linkNext(w, fmt.Sprintf("%s?fetch_size=%d&page_state=%s", r.URL.Path, fetchSize, token))
 	}
-	head, tail := fmt.Sprintf(`{"%s":[`, t.name), fmt.Sprintf(`],"has_more":%t,"page_state":%s}`+"\n", s.more(), next)
-	return writeBody(w, http.StatusOK, "application/json", []byte(head), p.array(), []byte(tail))
+	tail := fmt.Sprintf(`],"has_more":%t,"page_state":%s}`+"\n", s.more(), next)
+	return writeBody(w, http.StatusOK, "application/json", []byte(`{"`+t.name+`":[`), p.array(), []byte(tail))
 }
 
 func linkNext(w http.ResponseWriter, target string) {
@@ -177,13 +158,11 @@ type page struct {
 // has no other newlines.
 func (p page) array() []byte {
 	text := bytes.TrimSuffix(p.json, []byte("\n"))
-	for rest := text; ; {
-		newline := bytes.IndexByte(rest, '\n')
-		if newline < 0 {
+	for rest, found := text, 0; ; rest = rest[found+1:] {
+		if found = bytes.IndexByte(rest, '\n'); found < 0 {
 			return text
 		}
-		rest[newline] = ','
-		rest = rest[newline+1:]
+		rest[found] = ','
 	}
 }
 
@@ -191,8 +170,8 @@ func (p page) array() []byte {
 // to a token from -2^63 to 2^63-1 and stores rows in the order of their tokens,
 // the ring, which is divided among the nodes. Random keys are spread evenly over
 // it. So a scan can be cut into slices of equal width, and can resume behind any
-// row, in a narrower slice if need be. It never leaves this service as a paging
-// state of Cassandra, which could not be narrowed or checked.
+// row, in a narrower slice if need be. A paging state of Cassandra, which could be
+// neither narrowed nor checked, never leaves this file.
 type scan struct {
 	*table
 	minAge   int       // 0: all rows
@@ -205,12 +184,23 @@ type scan struct {
 	rowBytes int       // mean size of a row's JSON; 0 until it is known
 }
 
+func newScan(t *table) *scan {
+	return &scan{table: t, left: unlimited, from: math.MinInt64, upto: math.MaxInt64, end: math.MaxInt64}
+}
+
 // more reports whether rows remain and the scan has not reached its end.
 func (s *scan) more() bool { return s.left > 0 }
 
+// firstPage is the first page of a slice.
+type firstPage struct {
+	page
+	err   error
+	slice *scan
+}
+
 // pages yields the rest of the scan page by page. As soon as it knows how wide a
-// slice may be, it reads several concurrently, and returns them in order. Its
-// goroutines have ended when it returns.
+// slice may be, it reads the first pages of several concurrently, and returns them
+// in order. Its goroutines have ended when it returns.
 func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	return func(yield func(page, error) bool) {
 		for s.more() && s.width == 0 {
@@ -231,16 +221,19 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 		for s.more() {
 			for rest.more() && len(queue) < maxPages {
 				first, slice := make(chan firstPage, 1), rest.cut()
-				reading.Go(func() { first <- slice.first(ctx, size) })
+				reading.Go(func() {
+					p, err := slice.next(ctx, size)
+					first <- firstPage{p, err, slice}
+				})
 				queue = append(queue, first)
 			}
 			f := <-queue[0]
 			queue = queue[1:]
 			for p, err := f.page, f.err; ; p, err = f.slice.next(ctx, size) {
-				if !yield(s.take(f.slice, p, err)) || err != nil {
+				if !yield(s.take(f.slice, p, err)) || err != nil || !s.more() {
 					return
 				}
-				if !f.slice.more() || !s.more() {
+				if !f.slice.more() {
 					break
 				}
 			}
@@ -248,24 +241,11 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	}
 }
 
-// firstPage is the first page of a slice.
-type firstPage struct {
-	page
-	err   error
-	slice *scan
-}
-
-func (s *scan) first(ctx context.Context, size int) firstPage {
-	p, err := s.next(ctx, size)
-	return firstPage{p, err, s}
-}
-
 // cut cuts the next slice off the scan.
 func (s *scan) cut() *scan {
 	slice := *s
-	slice.left, slice.upto = unlimited, s.bound()
-	slice.end = slice.upto
-	s.skip(slice.upto)
+	slice.left, slice.upto, slice.end = unlimited, s.bound(), s.bound()
+	s.skip(slice.end)
 	return &slice
 }
 
@@ -278,8 +258,8 @@ func (s *scan) skip(token int64) {
 	s.upto = s.bound()
 }
 
-// take moves the scan behind a page of one of its slices, and drops rows beyond
-// its limit.
+// take moves the scan behind a page of one of its slices. It drops rows beyond the
+// limit.
 func (s *scan) take(slice *scan, p page, err error) (page, error) {
 	if err != nil {
 		return p, err
@@ -289,8 +269,7 @@ func (s *scan) take(slice *scan, p page, err error) (page, error) {
 		p.json, p.rows = p.json[:len(p.json)-len(lines[s.left])], s.left
 	}
 	s.left -= p.rows
-	s.from, s.behind = slice.from, slice.behind
-	if !slice.more() {
+	if s.from, s.behind = slice.from, slice.behind; !slice.more() {
 		s.skip(slice.end)
 	}
 	return p, nil
@@ -299,15 +278,14 @@ func (s *scan) take(slice *scan, p page, err error) (page, error) {
 // page reads at most size rows. It returns those found so far after pageTime, or
 // after half of the time that ctx has left.
 func (s *scan) page(ctx context.Context, size int) (all page, err error) {
-	budget := pageTime
+	start, budget := time.Now(), pageTime
 	if deadline, ok := ctx.Deadline(); ok {
 		budget = min(budget, time.Until(deadline)/2)
 	}
-	start := time.Now()
 	if all, err = s.next(ctx, size); err != nil {
 		return all, err
 	}
-	ctx, cancel := context.WithDeadline(ctx, start.Add(budget*3/2)) // leaves time to send the rows found so far
+	ctx, cancel := context.WithDeadline(ctx, start.Add(budget*3/2)) // leaves time to send what was found so far
 	defer cancel()
 	for s.more() && all.rows < size && time.Since(start) < budget {
 		p, err := s.next(ctx, size-all.rows)
@@ -320,7 +298,7 @@ func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 }
 
 // next reads at most size rows, perhaps none, and moves the scan behind them. If
-// Cassandra has no time for the slice, next tries a narrower one.
+// Cassandra runs out of time, it tries a narrower slice.
 func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
 		return page{}, s.sample(ctx)
@@ -334,15 +312,6 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 		s.upto = s.bound()
 	}
 	return p, queryErrorf(read, err, "scanning %s", s.name)
-}
-
-// errNoProgress is a page without a row that is not the last one.
-var errNoProgress = errors.New("page without rows")
-
-// isTooWide reports that a node ran out of time, or met too many tombstones.
-func isTooWide(err error) bool {
-	code := codeOf(err)
-	return code == gocql.ErrCodeReadTimeout || code == gocql.ErrCodeReadFailure || err == errNoProgress
 }
 
 // sample counts rows without the filter, and so finds how wide a slice may be in
@@ -363,6 +332,15 @@ func (s *scan) sample(ctx context.Context) error {
 	return nil
 }
 
+// errNoRows is a page without rows that is not the last one.
+var errNoRows = errors.New("page without rows")
+
+// isTooWide reports that a node ran out of time, or met too many tombstones.
+func isTooWide(err error) bool {
+	code := codeOf(err)
+	return code == gocql.ErrCodeReadTimeout || code == gocql.ErrCodeReadFailure || err == errNoRows
+}
+
 // read reads one page of the slice and moves the scan behind it. It asks for one
 // row more: the one behind which it resumes, or one that shows that more follow.
 func (s *scan) read(ctx context.Context, size int) (p page, err error) {
@@ -370,7 +348,7 @@ func (s *scan) read(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 {
 		statement, values = s.selectFiltered, append(values, s.minAge)
 	}
-	anyNode := uuid.New() // without a routing key the driver would look for one under a lock that ignores deadlines
+	anyNode := uuid.New() // without a routing key the driver looks for one, under a lock that ignores deadlines
 	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(anyNode[:])
 	rows := query.PageSize(size + 1).PageState(nil).Iter()
 	more, last, row := len(rows.PageState()) > 0, s.behind, s.newRow()
@@ -386,25 +364,24 @@ func (s *scan) read(ctx context.Context, size int) (p page, err error) {
 		}
 		p.json, p.rows, last = append(row.appendJSON(p.json), '\n'), p.rows+1, key
 	}
-	switch err := rows.Close(); {
-	case err != nil:
+	if err := rows.Close(); err != nil {
 		return page{}, err
-	case more && p.rows == 0:
-		return page{}, errNoProgress
-	case more:
+	}
+	if more && p.rows == 0 {
+		return page{}, errNoRows
+	}
+	if s.left -= p.rows; more {
 		s.from, s.behind = tokenOf(last), last
-	default:
+	} else {
 		s.skip(s.upto)
 	}
 	if p.rows > 0 {
 		s.rowBytes = len(p.json) / p.rows
 	}
-	s.left = max(0, s.left-p.rows)
 	return p, nil
 }
 
-// pageSize returns the number of rows to read: size, or fewer if those would
-// take more than maxAhead bytes.
+// pageSize returns size, or fewer rows if that many would exceed a limit.
 func (s *scan) pageSize(size int) int {
 	if s.rowBytes > 0 {
 		size = max(1, min(size, maxAhead/s.rowBytes))
@@ -420,8 +397,8 @@ func (s *scan) bound() int64 {
 	return s.from + int64(s.width)
 }
 
-// setWidth makes slices so wide that they have the wanted number of rows,
-// judging by the rows that lie between a token and the scan's position.
+// setWidth makes slices so wide that they have the wanted number of rows, judging
+// by the rows that lie between a token and the scan's position.
 func (s *scan) setWidth(from int64, rows, wanted int) {
 	tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted)
 	s.width = uint64(max(1, min(tokens, 1<<63)))
@@ -429,21 +406,19 @@ func (s *scan) setWidth(from int64, rows, wanted int) {
 }
 
 // token returns the position of the scan as URL-safe text. It contains no secret
-// and needs no key, so every instance accepts it. The checksum covers the names
-// of keyspace and table, too.
+// and needs no key, so every instance accepts it. The checksum covers the names of
+// keyspace and table, too.
 func (s *scan) token(kind string) string {
 	position := fmt.Sprintf("%s.%d.%d.%d.%s.%d", kind, s.minAge, s.left, s.from, s.behind, s.width)
-	return fmt.Sprintf("%s.%08x", position, crc32.ChecksumIEEE([]byte(position+"."+global.cluster.keyspace+"."+s.name)))
+	sum := crc32.ChecksumIEEE([]byte(position + "." + global.cluster.keyspace + "." + s.name))
+	return fmt.Sprintf("%s.%08x", position, sum)
 }
 
-// parseToken returns the scan at a token's position. It reads the fields without
-// looking at errors: damaged text is not what the result formats to.
+// parseToken returns the scan at a token's position. It ignores errors in the
+// fields: damaged text is not what the result formats to.
 func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
 	s = newScan(t)
-	fields := strings.Split(text, ".")
-	if len(fields) != 7 {
-		return nil, false
-	}
+	fields := strings.Split(text+"......", ".")
 	s.minAge, _ = strconv.Atoi(fields[1])
 	s.left, _ = strconv.Atoi(fields[2])
 	s.from, _ = strconv.ParseInt(fields[3], 10, 64)
@@ -453,10 +428,6 @@ func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
 	return s, text == s.token(kind) && s.more() && 0 <= s.minAge && s.minAge <= maxAge
 }
 
-func newScan(t *table) *scan {
-	return &scan{table: t, left: unlimited, from: math.MinInt64, upto: math.MaxInt64, end: math.MaxInt64}
-}
-
 // tokenOf returns the token of a key, as Cassandra's Murmur3Partitioner computes
 // it: the first half of the MurmurHash3 x64 128 of the key's 16 bytes.
 func tokenOf(key uuid.UUID) int64 {
@@ -464,8 +435,7 @@ func tokenOf(key uuid.UUID) int64 {
 	k1, k2 := binary.LittleEndian.Uint64(key[:8]), binary.LittleEndian.Uint64(key[8:])
 	h1 := bits.RotateLeft64(bits.RotateLeft64(k1*c1, 31)*c2, 27)*5 + 0x52dce729
 	h2 := (bits.RotateLeft64(bits.RotateLeft64(k2*c2, 33)*c1, 31)+h1)*5 + 0x38495ab5
-	h1 ^= 16
-	h2 ^= 16
+	h1, h2 = h1^16, h2^16
 	h1 += h2
 	h2 += h1
 	if token := int64(mix(h1) + mix(h2)); token != math.MinInt64 {
@@ -483,56 +453,17 @@ func mix(h uint64) uint64 {
 
 // parameters reads a query string and collects what is wrong with it.
 type parameters struct {
-	values url.Values
-	errs   []fieldError
+	url.Values
+	errs []fieldError
 }
 
 func newParameters(r *http.Request) *parameters {
 	values, err := url.ParseQuery(r.URL.RawQuery) // r.URL.Query drops bad parameters silently
-	p := &parameters{values: values}
+	p := &parameters{Values: values}
 	if err != nil {
 		p.reject("query string", "must be percent-encoded: "+err.Error())
 	}
 	return p
-}
-
-// number returns a whole number clamped to high, or fallback if it is missing.
-func (p *parameters) number(name string, fallback, low, high int) int {
-	given, ok := p.values[name]
-	if !ok {
-		return fallback
-	}
-	n, err := strconv.ParseUint(given[0], 10, 63) // beyond that it returns the maximum
-	if len(given) > 1 || err != nil && !errors.Is(err, strconv.ErrRange) || int(n) < low {
-		p.reject(name, fmt.Sprintf("must be one whole number in plain digits, at least %d", low))
-		return fallback
-	}
-	return min(int(n), high)
-}
-
-// scan returns a new scan of the table, or the one that page_state continues.
-// Then limit is unused, and age_filter must be missing or the same.
-func (p *parameters) scan(t *table, kind string) *scan {
-	s, resumed := newScan(t), p.values["page_state"]
-	if resumed != nil {
-		parsed, ok := t.parseToken(resumed[0], kind)
-		if !ok || len(resumed) > 1 {
-			p.reject("page_state", "is corrupt or belongs to another endpoint"+startAgain)
-			resumed = nil
-		} else {
-			s = parsed
-		}
-	}
-	if kind == listToken {
-		return s
-	}
-	minAge, limit := p.number("age_filter", s.minAge, 0, maxAge), p.number("limit", unlimited, 1, unlimited)
-	if resumed == nil {
-		s.minAge, s.left = minAge, limit
-	} else if minAge != s.minAge {
-		p.reject("page_state", "was made with another age_filter"+startAgain)
-	}
-	return s
 }
 
 func (p *parameters) reject(name, detail string) {
@@ -545,4 +476,42 @@ func (p *parameters) err() error {
 		return nil
 	}
 	return invalid(p.errs...)
+}
+
+// number returns a whole number clamped to high, or fallback if it is missing.
+func (p *parameters) number(name string, fallback, low, high int) int {
+	if !p.Has(name) {
+		return fallback
+	}
+	n, err := strconv.ParseUint(p.Get(name), 10, 63) // returns the maximum for more
+	if len(p.Values[name]) > 1 || err != nil && !errors.Is(err, strconv.ErrRange) || int(n) < low {
+		p.reject(name, fmt.Sprintf("must be one whole number in plain digits, at least %d", low))
+	}
+	return min(int(n), high)
+}
+
+// scan returns a new scan of the table, or the one that page_state continues.
+func (p *parameters) scan(t *table, kind string) *scan {
+	if !p.Has("page_state") {
+		return newScan(t)
+	}
+	s, ok := t.parseToken(p.Get("page_state"), kind)
+	if !ok || len(p.Values["page_state"]) > 1 {
+		p.reject("page_state", "is corrupt or belongs to another endpoint"+startAgain)
+	}
+	return s
+}
+
+// fetch reads the parameters of a stream or a page. With page_state, limit is
+// unused, and age_filter must be missing or the same.
+func (p *parameters) fetch(t *table) (s *scan, fetchSize int, err error) {
+	s = p.scan(t, streamToken)
+	fetchSize = p.number("fetch_size", defaultFetch, 1, maxFetch)
+	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, maxAge)
+	if !p.Has("page_state") {
+		s.left, s.minAge = limit, minAge
+	} else if minAge != s.minAge && p.errs == nil {
+		p.reject("page_state", "was made with another age_filter"+startAgain)
+	}
+	return s, fetchSize, p.err()
 }

@@ -135,13 +135,13 @@ func newUsers(n int) []user {
 
 // postUser handles POST /users.
 func postUser(w http.ResponseWriter, r *http.Request) error {
-	body, key, err := readPost(r)
+	body, key, errs, err := readPost(r)
 	if err != nil {
 		return err
 	}
 	users := newUsers(1)
 	u := &users[0]
-	if errs := u.set(body, "", true); errs != nil {
+	if errs = append(errs, u.set(body, "", true)...); errs != nil {
 		return invalid(errs...)
 	}
 	err = createUsers(w, r, insert, key, users)
@@ -173,13 +173,13 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 // postBatch handles POST /users/batch. It writes nothing unless all elements are
 // valid and small enough together.
 func postBatch(w http.ResponseWriter, r *http.Request) error {
-	body, key, err := readPost(r)
+	body, key, errs, err := readPost(r)
 	if err != nil {
 		return err
 	}
-	users, err := readUsers(body)
-	if err != nil {
-		return err
+	users, wrong := readUsers(body)
+	if errs = append(errs, wrong...); errs != nil {
+		return invalid(errs...)
 	}
 	if n := len(appendBatch(users)); n > maxBatchBytes {
 		detail := fmt.Sprintf("Batch too large: %d bytes of response JSON, limit %d; split it", n, maxBatchBytes)
@@ -191,24 +191,17 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 	return writeBody(w, http.StatusCreated, "application/json", appendBatch(users))
 }
 
-// readUsers reads the body of a batch.
-func readUsers(body json.RawMessage) ([]user, error) {
+// readUsers reads the body of a batch and returns everything that is wrong with it.
+func readUsers(body json.RawMessage) (users []user, errs []fieldError) {
 	var elements []json.RawMessage
 	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
-		return nil, invalid(inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch)))
+		return nil, []fieldError{inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch))}
 	}
-	var errs []fieldError
-	users := newUsers(len(elements))
-	for i, element := range elements {
-		errs = append(errs, users[i].set(element, "/"+strconv.Itoa(i), true)...)
-		if len(errs) >= maxErrors {
-			break
-		}
+	users = newUsers(len(elements))
+	for i := 0; i < len(elements) && len(errs) < maxErrors; i++ {
+		errs = append(errs, users[i].set(elements[i], "/"+strconv.Itoa(i), true)...)
 	}
-	if errs != nil {
-		return nil, invalid(errs...)
-	}
-	return users, nil
+	return users, errs
 }
 
 // appendBatch returns the response of POST /users/batch.
@@ -574,18 +567,16 @@ func pathID(r *http.Request) (uuid.UUID, error) {
 
 var visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
 
-// readPost returns the body and the Idempotency-Key, "" if there is none.
-func readPost(r *http.Request) (body json.RawMessage, key string, err error) {
-	if body, err = readJSON(r, "application/json"); err != nil {
-		return nil, "", err
-	}
+// readPost returns the body, the Idempotency-Key or "", and what is wrong with that.
+func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldError, err error) {
+	body, err = readJSON(r, "application/json")
 	if keys := r.Header["Idempotency-Key"]; keys != nil {
 		if key = keys[0]; len(keys) > 1 || !visibleASCII.MatchString(key) {
-			detail := "must be a single value of 1 to 255 visible ASCII characters"
-			return nil, "", invalid(fieldError{Header: "Idempotency-Key", Detail: detail})
+			const rule = "must be a single value of 1 to 255 visible ASCII characters"
+			errs = []fieldError{{Header: "Idempotency-Key", Detail: rule}}
 		}
 	}
-	return body, key, nil
+	return body, key, errs, err
 }
 
 // etag returns the user's entity tag, which every change changes.
