@@ -5,7 +5,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -15,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -40,6 +40,7 @@ const (
 	logInterval    = 10 * time.Second       // between log lines about an outage
 	queryTimeout   = 12 * time.Second       // of one page, longer than a node's own timeouts of 5 or 10 s
 	maxSkew        = 5 * time.Second        // between the clocks of service and node before it is logged
+	maxPending     = 1 << 20                // bytes of requests on one connection that are not sent yet
 )
 
 const (
@@ -86,12 +87,13 @@ type session struct {
 	number int64
 }
 
-// currentSession returns the global session, or an error before the first connection.
-func currentSession() (*session, error) {
+// currentSession returns the global session. It is nil before the first
+// connection, when no request reaches a handler that needs it.
+func currentSession() *gocql.Session {
 	if s := global.session.Load(); s != nil {
-		return s, nil
+		return s.Session
 	}
-	return nil, queryErrorf(read, errNotConnected, "looking for the session")
+	return nil
 }
 
 // keepConnected connects the global session in the background and watches it
@@ -104,8 +106,8 @@ func keepConnected(c cluster) (disconnect func()) {
 	return func() {
 		cancel()
 		watching.Wait()
-		if s := global.session.Swap(nil); s != nil {
-			closeSession(s.Session, abortTimeout)
+		if s := currentSession(); s != nil {
+			closeSession(s, abortTimeout)
 		}
 	}
 }
@@ -327,84 +329,145 @@ func (c cluster) policy() gocql.HostSelectionPolicy {
 	return gocql.TokenAwareHostPolicy(fallback, gocql.ShuffleReplicas())
 }
 
-// createSession is gocql's CreateSession, which can panic and rarely hangs, with
-// a deadline.
-func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Session, error) {
+// createSession is gocql's CreateSession with a deadline.
+func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (s *gocql.Session, err error) {
 	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
 	defer cancel()
-	type result struct {
-		session *gocql.Session
-		err     error
+	created := make(chan *gocql.Session, 1)
+	err = within(ctx, func() error {
+		s, err := cfg.CreateSession()
+		if ctx.Err() != nil && s != nil { // too late
+			s.Close()
+		}
+		created <- s
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("creating a session: %w", err)
 	}
-	done := make(chan result, 1)
+	return <-created, nil
+}
+
+// closeSession closes a session, but does not wait longer than timeout.
+func closeSession(s *gocql.Session, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	within(ctx, func() error {
+		s.Close()
+		return nil
+	})
+}
+
+// within calls f, which may panic or hang, as the driver rarely does, and returns
+// when ctx ends at the latest.
+func within(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
 	go func() {
-		var r result
 		defer func() {
 			if v := recover(); v != nil {
-				r.err = fmt.Errorf("panic: %v", v)
+				done <- fmt.Errorf("panic: %v", v)
 			}
-			done <- r
 		}()
-		r.session, r.err = cfg.CreateSession()
+		done <- f()
 	}()
 	select {
-	case r := <-done:
-		if r.err != nil {
-			return nil, fmt.Errorf("creating a session: %w", r.err)
-		}
-		return r.session, nil
+	case err := <-done:
+		return err
 	case <-ctx.Done():
-		go func() {
-			if r := <-done; r.session != nil {
-				r.session.Close()
-			}
-		}()
-		return nil, fmt.Errorf("creating a session: %w", ctx.Err())
+		return ctx.Err()
 	}
 }
 
-// closeSession closes a session, which rarely hangs, and waits up to timeout.
-func closeSession(s *gocql.Session, timeout time.Duration) {
-	done := make(chan struct{})
-	go func() {
-		s.Close()
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-time.After(timeout):
-	}
-}
-
-// countingDialer counts open connections; the driver doesn't report when it
-// closes one.
+// countingDialer opens connections for the driver and counts the open ones; the
+// driver doesn't report when it closes one.
 type countingDialer struct {
 	open, opened, failed atomic.Int64
 }
 
 // DialContext implements gocql.Dialer.
 func (d *countingDialer) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
-	conn, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
+	tcp, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
 	if err != nil {
 		d.failed.Add(1)
 		return nil, err
 	}
 	d.open.Add(1)
 	d.opened.Add(1)
-	return &countedConn{TCPConn: conn.(*net.TCPConn), dialer: d}, nil
+	c := &conn{Conn: tcp, dialer: d, wake: make(chan struct{}, 1)}
+	c.sent.L = &c.mu
+	go c.send()
+	return c, nil
 }
 
-// countedConn embeds the concrete type, so that the driver can still use writev.
-type countedConn struct {
-	*net.TCPConn
-	dialer *countingDialer
-	once   sync.Once
+// conn is a connection that gathers writes. The driver writes each request by
+// itself, and a system call for each is what limits its rate. Here Write only
+// appends to a buffer and wakes send, which sends everything that has arrived by
+// then. No request waits for a timer, and under load many share one call. A
+// request that was accepted may have been sent, so it never counts as not written.
+type conn struct {
+	net.Conn
+	dialer  *countingDialer
+	wake    chan struct{} // closed by Close
+	mu      sync.Mutex
+	sent    sync.Cond // something was sent, or the connection is closed
+	pending []byte    // accepted, but not sent
+	spare   []byte    // the buffer that was sent last
+	closed  bool
 }
 
-// Close closes the connection and counts that once.
-func (c *countedConn) Close() error {
-	c.once.Do(func() { c.dialer.open.Add(-1) })
-	return c.TCPConn.Close()
+// Write accepts a request. It waits only while maxPending bytes are not sent.
+func (c *conn) Write(request []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.pending) >= maxPending && !c.closed {
+		c.sent.Wait()
+	}
+	if c.closed {
+		return 0, net.ErrClosed
+	}
+	c.pending = append(c.pending, request...)
+	select {
+	case c.wake <- struct{}{}:
+	default: // awake already
+	}
+	return len(request), nil
+}
+
+// send sends what Write accepts until the connection is closed. If that fails, it
+// closes the connection, so the driver fails all requests that await a response.
+func (c *conn) send() {
+	for range c.wake {
+		runtime.Gosched() // lets requests that are about to be written join this one
+		c.mu.Lock()
+		requests := c.pending
+		c.pending = c.spare[:0]
+		c.mu.Unlock()
+		c.Conn.SetWriteDeadline(time.Now().Add(queryTimeout))
+		_, err := c.Conn.Write(requests)
+		c.mu.Lock()
+		c.spare = requests
+		c.sent.Broadcast()
+		c.mu.Unlock()
+		if err != nil {
+			c.Close()
+		}
+	}
+}
+
+// SetWriteDeadline does nothing: send sets the deadline.
+func (c *conn) SetWriteDeadline(time.Time) error { return nil }
+
+// Close closes the connection, and counts that once.
+func (c *conn) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		c.closed = true
+		close(c.wake)
+		c.sent.Broadcast()
+		c.dialer.open.Add(-1)
+	}
+	return c.Conn.Close()
 }
 
 // queryError is a failed query. Every store function returns its failures as one.
@@ -452,10 +515,11 @@ func outcomeOf(err error) outcome {
 	if !ok {
 		return bug
 	}
+	_, cannotMarshal := errors.AsType[gocql.MarshalError](err)
+	_, cannotUnmarshal := errors.AsType[gocql.UnmarshalError](err)
 	code := codeOf(err)
 	switch {
-	case isMarshalling(err), slices.Contains([]int{gocql.ErrCodeSyntax, gocql.ErrCodeInvalid, gocql.ErrCodeConfig,
-		gocql.ErrCodeUnauthorized, gocql.ErrCodeProtocol, gocql.ErrCodeAlreadyExists}, code):
+	case cannotMarshal, cannotUnmarshal, slices.Contains(bugCodes, code):
 		return bug
 	case isUnreachable(err), wasRefused(query, code):
 		return notWritten
@@ -467,28 +531,28 @@ func outcomeOf(err error) outcome {
 	return notWritten
 }
 
+var bugCodes = []int{
+	gocql.ErrCodeSyntax, gocql.ErrCodeInvalid, gocql.ErrCodeConfig, gocql.ErrCodeUnauthorized, gocql.ErrCodeProtocol,
+	gocql.ErrCodeAlreadyExists,
+}
+
 // wasRefused reports whether Cassandra refused a query before it wrote anything.
 // Overloaded can also come after a batch was logged or a transaction proposed
 // (mutateAtomically and commitPaxos in Cassandra's StorageProxy). Unavailable can
 // come after a transaction's proposal, but then it names no serial consistency.
 func wasRefused(query *queryError, code int) bool {
 	if unavailable, ok := errors.AsType[*gocql.RequestErrUnavailable](query.err); ok {
-		serial := unavailable.Consistency == gocql.Consistency(gocql.LocalSerial) || unavailable.Consistency == gocql.Consistency(gocql.Serial)
-		return query.kind != edit || serial
+		level := gocql.SerialConsistency(unavailable.Consistency)
+		return query.kind != edit || level == gocql.LocalSerial || level == gocql.Serial
 	}
-	isOverload := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
-	return isOverload && (query.kind == read || query.kind == insert)
+	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
+	return isOverloaded && (query.kind == read || query.kind == insert)
 }
 
-// isUnreachable reports that a query was never sent.
+// isUnreachable reports whether a query was never sent.
 func isUnreachable(err error) bool {
-	return errors.Is(err, errNotConnected) || errors.Is(err, gocql.ErrNoConnections) || errors.Is(err, gocql.ErrSessionClosed) || errors.Is(err, gocql.ErrNoStreams)
-}
-
-func isMarshalling(err error) bool {
-	_, isMarshal := errors.AsType[gocql.MarshalError](err)
-	_, isUnmarshal := errors.AsType[gocql.UnmarshalError](err)
-	return isMarshal || isUnmarshal
+	return slices.ContainsFunc([]error{errNotConnected, gocql.ErrNoConnections, gocql.ErrSessionClosed, gocql.ErrNoStreams},
+		func(unsent error) bool { return errors.Is(err, unsent) })
 }
 
 // codeOf returns the code of Cassandra's error response, or 0 if there is none.
@@ -543,13 +607,19 @@ func (l *logLimiter) warn(message string, args ...any) {
 
 // loadCluster reads the settings of the connection.
 func loadCluster(env *environment) cluster {
+	const (
+		hostsRule       = "host names or addresses without ports, separated by commas"
+		keyspaceRule    = "1 to 48 letters, digits or underscores, and not one of Cassandra's own"
+		datacenterRule  = "the name of a data centre: letters, digits, points, dashes or underscores"
+		replicationRule = "a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3"
+	)
 	c := cluster{
-		hosts:       setting(env, "CASSANDRA_HOSTS", "localhost", "host names or addresses without ports, separated by commas", parseHosts),
+		hosts:       setting(env, "CASSANDRA_HOSTS", "localhost", hostsRule, parseHosts),
 		port:        setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumber(1, 65535)),
-		keyspace:    setting(env, "CASSANDRA_KEYSPACE", "test_keyspace", "1 to 48 letters, digits or underscores, and not one of Cassandra's own", parseKeyspace),
-		datacenter:  setting(env, "CASSANDRA_DATACENTER", "", "the name of a data centre: letters, digits, points, dashes or underscores", matching(`^[\w.-]*$`)),
+		keyspace:    setting(env, "CASSANDRA_KEYSPACE", "test_keyspace", keyspaceRule, parseKeyspace),
+		datacenter:  setting(env, "CASSANDRA_DATACENTER", "", datacenterRule, matching(`^[\w.-]*$`)),
 		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", "LOCAL_QUORUM, QUORUM or ALL", parseConsistency),
-		replication: setting(env, "CASSANDRA_REPLICATION", "1", "a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3", parseReplication),
+		replication: setting(env, "CASSANDRA_REPLICATION", "1", replicationRule, parseReplication),
 		username:    env.getenv("CASSANDRA_USERNAME"),
 		password:    env.getenv("CASSANDRA_PASSWORD"),
 		tlsCA:       setting(env, "CASSANDRA_TLS_CA", "", "a readable file of PEM certificates", parseCertificates),
@@ -616,37 +686,31 @@ func parseCertificates(file string) (string, bool) {
 	return file, err == nil && x509.NewCertPool().AppendCertsFromPEM(pem)
 }
 
-// health is the response of GET /health.
-type health struct {
-	Status             string  `json:"status"`
-	Cassandra          string  `json:"cassandra"`
-	CassandraConnected bool    `json:"cassandra_connected"`
-	Keyspace           string  `json:"keyspace"`
-	LatencyMS          float64 `json:"latency_ms"`
-	Timestamp          string  `json:"timestamp"`
-}
-
 // getHealth handles GET /health, the readiness probe. It reads the users table,
 // so it reports what the next request will meet.
 func getHealth(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), healthTimeout)
 	defer cancel()
-	start := time.Now()
-	_, err := readUser(ctx, uuid.Nil, false)
-	h := health{Status: "healthy", Cassandra: "connected", CassandraConnected: true, Keyspace: global.cluster.keyspace, LatencyMS: milliseconds(time.Since(start))}
-	h.Timestamp = start.UTC().Format("2006-01-02T15:04:05.000Z")
+	start, err := time.Now(), error(errNotConnected)
+	if currentSession() != nil {
+		_, err = readUser(ctx, uuid.Nil, false)
+	}
+	status, health, cassandra := http.StatusOK, "healthy", "connected"
 	if !errors.Is(err, errNoUser) { // nobody has the nil UUID
-		h.Status, h.Cassandra, h.CassandraConnected = "unhealthy", "disconnected", false
+		status, health, cassandra = http.StatusServiceUnavailable, "unhealthy", "disconnected"
 		if outcomeOf(err) == bug {
 			global.log.warn("the health check cannot read the users table", "error", err)
 		}
 	}
 	if shutdown.draining.Load() {
-		h.Status = "draining"
+		status, health = http.StatusServiceUnavailable, "draining"
 	}
-	status := cmp.Or(map[string]int{"healthy": http.StatusOK}[h.Status], http.StatusServiceUnavailable)
 	if status != http.StatusOK {
 		w.Header().Set("Retry-After", "1")
 	}
-	return writeJSON(w, status, h)
+	return writeJSON(w, status, map[string]any{
+		"status": health, "cassandra": cassandra, "cassandra_connected": cassandra == "connected",
+		"keyspace": global.cluster.keyspace, "latency_ms": milliseconds(time.Since(start)),
+		"timestamp": start.UTC().Format("2006-01-02T15:04:05.000Z"),
+	})
 }

@@ -53,6 +53,7 @@ const (
 	headerTimeout  = 10 * time.Second       // for a request's header to arrive
 	idleTimeout    = 2 * time.Minute        // of a kept-alive connection, longer than most load balancers'
 	writeTimeout   = 30 * time.Second       // for a client to read one write
+	writeSize      = 32 << 10               // bytes of one write
 	sendBuffer     = 64 << 10               // bytes; Linux's default buffers megabytes and so masks a slow reader
 	abortTimeout   = 300 * time.Millisecond // for aborted requests and connections to end
 	gcPercent      = 300                    // at 100 a heap of a few megabytes would be collected 40 times a second
@@ -284,9 +285,9 @@ func newRouter(cfg settings) *router {
 	handle("GET /{$}", rt.getRoot, probe)
 	handle("GET /health", getHealth, probe)
 	handle("GET /metrics", getMetrics, probe)
-	handle("POST /shutdown", rt.postShutdown, uncapped)
-	handle("GET /openapi.json", getDocument(openAPI, "application/json"))
-	handle("GET /docs", getDocument(docsPage, "text/html; charset=utf-8"))
+	handle("POST /shutdown", rt.postShutdown, uncapped|offline)
+	handle("GET /openapi.json", getDocument(openAPI, "application/json"), offline)
+	handle("GET /docs", getDocument(docsPage, "text/html; charset=utf-8"), offline)
 	handle("POST /users", postUser)
 	handle("GET /users", listUsers)
 	handle("POST /users/batch", postBatch)
@@ -308,7 +309,7 @@ func newRouter(cfg settings) *router {
 	handle("GET /context_manager_safety/status", getSafetyStatus)
 
 	// These are no user ids, so other methods are 405 and not GET or PUT /users/{id}.
-	rt.unmatched = &route{router: rt, handler: rt.refuseUnmatched, stats: statsOf("none")}
+	rt.unmatched = &route{router: rt, handler: rt.refuseUnmatched, options: offline, stats: statsOf("none")}
 	for _, pattern := range []string{
 		"/", "GET /users/batch", "PUT /users/batch", "PATCH /users/batch", "DELETE /users/batch",
 		"PUT /users/stream", "PATCH /users/stream", "DELETE /users/stream",
@@ -339,9 +340,10 @@ type options uint
 
 const (
 	noDeadline options = 1 << iota // unless the request sets one
+	offline                        // works without Cassandra
 	uncapped                       // not limited by MAX_IN_FLIGHT
 	probing                        // responds during a drain, and does not delay it
-	probe      = uncapped | probing
+	probe      = offline | uncapped | probing
 )
 
 // route is one line of the route table.
@@ -450,6 +452,9 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 			return unavailable("Too many concurrent requests; try again in a second")
 		}
 		defer line.inFlight.leave()
+	}
+	if currentSession() == nil && line.options&offline == 0 {
+		return queryErrorf(read, errNotConnected, "handling a request")
 	}
 	return line.handler(w, r)
 }

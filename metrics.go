@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -94,21 +95,6 @@ func (s *routeStats) count(status int, took time.Duration) {
 	s.times.observe(took)
 }
 
-// byStatus returns the counts that are not zero, named as they are shown.
-func (s *routeStats) byStatus() map[string]int64 {
-	counts := map[string]int64{}
-	for status := range s.statuses {
-		if n := s.statuses[status].Load(); n > 0 {
-			name := strconv.Itoa(status)
-			if status == statusAborted {
-				name = "aborted"
-			}
-			counts[name] = n
-		}
-	}
-	return counts
-}
-
 // histogram counts durations in buckets.
 type histogram struct {
 	buckets [len(bounds) + 1]atomic.Int64 // each up to its bound and above the one before; the last has no bound
@@ -180,99 +166,69 @@ func (r *rate) perSecond(start, at time.Time) float64 {
 	return float64(sum) / min(max(at.Sub(start).Seconds(), 1), rateWindow)
 }
 
-// metrics is the response of GET /metrics.
-type metrics struct {
-	TotalQueries         int64                       `json:"total_queries"`
-	ActiveConnections    int64                       `json:"active_connections"`
-	QueriesPerSecond     float64                     `json:"queries_per_second"`
-	AverageQueryTimeMS   float64                     `json:"average_query_time_ms"`
-	ErrorsCount          int64                       `json:"errors_count"`
-	QueryTimes           queryTimes                  `json:"query_times"`
-	QueryPerformance     percentiles                 `json:"query_performance"`
-	TotalRequests        int64                       `json:"total_requests"`
-	RequestsInFlight     int64                       `json:"requests_in_flight"`
-	RequestsByRoute      map[string]map[string]int64 `json:"requests_by_route"`
-	CassandraConnections connectionCounts            `json:"cassandra_connections"`
-	Cassandra            cassandraState              `json:"cassandra"`
-	StreamsActive        int                         `json:"streams_active"`
-	RowsStreamed         int64                       `json:"rows_streamed"`
-	Goroutines           int                         `json:"goroutines"`
-	MemoryBytes          uint64                      `json:"memory_bytes"`
-	UptimeSeconds        float64                     `json:"uptime_seconds"`
-}
-
-type queryTimes struct {
-	Count int64   `json:"count"`
-	SumMS float64 `json:"sum_ms"`
-}
-
 type percentiles struct {
 	P50 float64 `json:"p50_ms"`
 	P95 float64 `json:"p95_ms"`
 	P99 float64 `json:"p99_ms"`
 }
 
-type connectionCounts struct {
-	Open   int64 `json:"open"`
-	Opened int64 `json:"opened"`
-	Failed int64 `json:"failed"`
-}
-
-type cassandraState struct {
-	Connected   bool    `json:"connected"` // result of the last ping
-	Session     int64   `json:"session"`
-	Hosts       int     `json:"hosts"`
-	HostsSilent int     `json:"hosts_silent"`
-	ClockSkewMS float64 `json:"clock_skew_ms"`
-}
-
 // getMetrics handles GET /metrics.
 func getMetrics(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Vary", "Accept")
-	m := collect()
 	if preferred(r, "application/json", "text/plain", "application/openmetrics-text") == "application/json" {
-		return writeJSON(w, http.StatusOK, m)
+		return writeJSON(w, http.StatusOK, jsonMetrics())
 	}
-	return writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", m.prometheus())
+	return writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", prometheusMetrics())
 }
 
-func collect() metrics {
+func jsonMetrics() map[string]any {
 	connections, times := &counters.connections, &counters.queryTimes
-	m := metrics{
-		TotalQueries:         counters.queries.Load(),
-		ActiveConnections:    connections.open.Load(),
-		QueriesPerSecond:     counters.queryRate.perSecond(counters.started, time.Now()),
-		ErrorsCount:          counters.queryErrors.Load(),
-		QueryTimes:           queryTimes{times.cumulative()[len(bounds)], milliseconds(time.Duration(times.nanos.Load()))},
-		QueryPerformance:     percentiles{times.quantile(.5), times.quantile(.95), times.quantile(.99)},
-		RequestsInFlight:     counters.inFlight.Load(),
-		RequestsByRoute:      map[string]map[string]int64{},
-		CassandraConnections: connectionCounts{connections.open.Load(), connections.opened.Load(), connections.failed.Load()},
-		Cassandra:            cassandraState{Connected: counters.connected.Load(), ClockSkewMS: milliseconds(time.Duration(counters.skew.Load()))},
-		StreamsActive:        len(streams),
-		RowsStreamed:         counters.rowsStreamed.Load(),
-		Goroutines:           runtime.NumGoroutine(),
-		MemoryBytes:          memoryBytes(),
-		UptimeSeconds:        time.Since(counters.started).Seconds(),
+	count, sum := times.cumulative()[len(bounds)], milliseconds(time.Duration(times.nanos.Load()))
+	byRoute, total := requestsByRoute()
+	return map[string]any{
+		"total_queries":         counters.queries.Load(),
+		"active_connections":    connections.open.Load(),
+		"queries_per_second":    counters.queryRate.perSecond(counters.started, time.Now()),
+		"average_query_time_ms": sum / float64(max(1, count)),
+		"errors_count":          counters.queryErrors.Load(),
+		"query_times":           map[string]any{"count": count, "sum_ms": sum},
+		"query_performance":     percentiles{times.quantile(.5), times.quantile(.95), times.quantile(.99)},
+		"total_requests":        total,
+		"requests_in_flight":    counters.inFlight.Load(),
+		"requests_by_route":     byRoute,
+		"cassandra_connections": map[string]any{
+			"open": connections.open.Load(), "opened": connections.opened.Load(), "failed": connections.failed.Load(),
+		},
+		"cassandra": map[string]any{
+			"connected": counters.connected.Load(), "session": observeSession().number, "hosts": 0, "hosts_silent": 0,
+			"clock_skew_ms": milliseconds(time.Duration(counters.skew.Load())),
+		},
+		"streams_active": len(streams),
+		"rows_streamed":  counters.rowsStreamed.Load(),
+		"goroutines":     runtime.NumGoroutine(),
+		"memory_bytes":   memoryBytes(),
+		"uptime_seconds": time.Since(counters.started).Seconds(),
 	}
-	if m.QueryTimes.Count > 0 {
-		m.AverageQueryTimeMS = m.QueryTimes.SumMS / float64(m.QueryTimes.Count)
-	}
-	if s := global.session.Load(); s != nil {
-		m.Cassandra.Session = s.number
-	}
+}
+
+// requestsByRoute returns the number of requests by pattern and status, and of all.
+func requestsByRoute() (counts map[string]map[string]int64, total int64) {
+	counts = map[string]map[string]int64{}
 	counters.routesMu.Lock()
 	defer counters.routesMu.Unlock()
 	for pattern, stats := range counters.routes {
-		for status, n := range stats.byStatus() {
-			if m.RequestsByRoute[pattern] == nil {
-				m.RequestsByRoute[pattern] = map[string]int64{}
+		byStatus := map[string]int64{}
+		for status := range stats.statuses {
+			if n := stats.statuses[status].Load(); n > 0 {
+				byStatus[cmp.Or(map[int]string{statusAborted: "aborted"}[status], strconv.Itoa(status))] = n
+				total += n
 			}
-			m.RequestsByRoute[pattern][status] = n
-			m.TotalRequests += n
+		}
+		if len(byStatus) > 0 {
+			counts[pattern] = byStatus
 		}
 	}
-	return m
+	return counts, total
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
@@ -285,52 +241,59 @@ func memoryBytes() uint64 {
 	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
 }
 
-// prometheus returns the metrics in the text format 0.0.4, with histograms in
-// the place of percentiles.
-func (m metrics) prometheus() []byte {
+// prometheusMetrics returns the metrics in the text format 0.0.4, with histograms
+// in the place of percentiles.
+func prometheusMetrics() []byte {
 	var out bytes.Buffer
-	head := func(name, kind, help string) {
-		fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+	value := func(name, kind, help string, v any) {
+		writeHead(&out, name, kind, help)
+		fmt.Fprintf(&out, "%s %v\n", name, v)
 	}
-	value := func(name, kind, help string, v float64) {
-		head(name, kind, help)
-		fmt.Fprintf(&out, "%s %g\n", name, v)
-	}
-	connected := 0.0
-	if m.Cassandra.Connected {
-		connected = 1
-	}
-	value("cassandra_queries_total", "counter", "Queries sent to Cassandra; each page and each attempt counts.", float64(m.TotalQueries))
-	value("cassandra_query_errors_total", "counter", "Queries that failed.", float64(m.ErrorsCount))
-	value("cassandra_queries_per_second", "gauge", "Queries per second, mean of the last 60 s.", m.QueriesPerSecond)
-	value("cassandra_connections_open", "gauge", "Open connections to Cassandra.", float64(m.CassandraConnections.Open))
-	value("cassandra_connections_opened_total", "counter", "Connections to Cassandra that were opened.", float64(m.CassandraConnections.Opened))
-	value("cassandra_connections_failed_total", "counter", "Connections to Cassandra that could not be opened.", float64(m.CassandraConnections.Failed))
+	connected := map[bool]int{true: 1}[counters.connected.Load()]
+	connections := &counters.connections
+	rate, skew := counters.queryRate.perSecond(counters.started, time.Now()), time.Duration(counters.skew.Load())
+	value("cassandra_queries_total", "counter", "Queries sent; each page and each attempt counts.", counters.queries.Load())
+	value("cassandra_query_errors_total", "counter", "Queries that failed.", counters.queryErrors.Load())
+	value("cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate)
+	value("cassandra_connections_open", "gauge", "Open connections.", connections.open.Load())
+	value("cassandra_connections_opened_total", "counter", "Connections that were opened.", connections.opened.Load())
+	value("cassandra_connections_failed_total", "counter", "Connections that failed to open.", connections.failed.Load())
 	value("cassandra_connected", "gauge", "1 if Cassandra responded to the last ping, else 0.", connected)
-	value("cassandra_session", "gauge", "Number of the current session.", float64(m.Cassandra.Session))
-	value("cassandra_hosts", "gauge", "Known Cassandra nodes.", float64(m.Cassandra.Hosts))
-	value("cassandra_hosts_silent", "gauge", "Cassandra nodes that do not respond.", float64(m.Cassandra.HostsSilent))
-	value("cassandra_clock_skew_seconds", "gauge", "The node's clock minus the service's.", m.Cassandra.ClockSkewMS/1000)
-	value("http_requests_in_flight", "gauge", "Active HTTP requests.", float64(m.RequestsInFlight))
-	value("streams_active", "gauge", "Streams and pages that are being sent.", float64(m.StreamsActive))
-	value("rows_streamed_total", "counter", "Users sent by streams.", float64(m.RowsStreamed))
-	value("goroutines", "gauge", "Goroutines of the process.", float64(m.Goroutines))
-	value("memory_bytes", "gauge", "Memory obtained from the OS.", float64(m.MemoryBytes))
-	value("uptime_seconds", "gauge", "Time since the process started.", m.UptimeSeconds)
+	value("cassandra_session", "gauge", "Number of the current session.", observeSession().number)
+	value("cassandra_hosts", "gauge", "Known Cassandra nodes.", 0)
+	value("cassandra_hosts_silent", "gauge", "Cassandra nodes that do not respond.", 0)
+	value("cassandra_clock_skew_seconds", "gauge", "The node's clock minus the service's.", skew.Seconds())
+	value("http_requests_in_flight", "gauge", "Active HTTP requests.", counters.inFlight.Load())
+	value("streams_active", "gauge", "Streams and pages that are being sent.", len(streams))
+	value("rows_streamed_total", "counter", "Users sent by streams.", counters.rowsStreamed.Load())
+	value("goroutines", "gauge", "Goroutines of the process.", runtime.NumGoroutine())
+	value("memory_bytes", "gauge", "Memory obtained from the OS.", memoryBytes())
+	value("uptime_seconds", "gauge", "Time since the process started.", time.Since(counters.started).Seconds())
 
-	head("http_requests_total", "counter", "HTTP requests by route and status.")
-	for _, pattern := range slices.Sorted(maps.Keys(m.RequestsByRoute)) {
-		for _, status := range slices.Sorted(maps.Keys(m.RequestsByRoute[pattern])) {
-			fmt.Fprintf(&out, "http_requests_total{route=%q,status=%q} %d\n", pattern, status, m.RequestsByRoute[pattern][status])
+	writeHistograms(&out)
+	return out.Bytes()
+}
+
+func writeHead(out *bytes.Buffer, name, kind, help string) {
+	fmt.Fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
+}
+
+// writeHistograms writes what has labels or buckets.
+func writeHistograms(out *bytes.Buffer) {
+	byRoute, _ := requestsByRoute()
+	routes := slices.Sorted(maps.Keys(byRoute))
+	writeHead(out, "http_requests_total", "counter", "HTTP requests by route and status.")
+	for _, pattern := range routes {
+		for _, status := range slices.Sorted(maps.Keys(byRoute[pattern])) {
+			fmt.Fprintf(out, "http_requests_total{route=%q,status=%q} %d\n", pattern, status, byRoute[pattern][status])
 		}
 	}
-	head("http_request_duration_seconds", "histogram", "Duration of HTTP requests by route.")
-	for _, pattern := range slices.Sorted(maps.Keys(m.RequestsByRoute)) {
-		statsOf(pattern).times.prometheus(&out, "http_request_duration_seconds", fmt.Sprintf("route=%q", pattern))
+	writeHead(out, "http_request_duration_seconds", "histogram", "Duration of HTTP requests by route.")
+	for _, pattern := range routes {
+		statsOf(pattern).times.prometheus(out, "http_request_duration_seconds", fmt.Sprintf("route=%q", pattern))
 	}
-	head("cassandra_query_duration_seconds", "histogram", "Duration of queries.")
-	counters.queryTimes.prometheus(&out, "cassandra_query_duration_seconds", "")
-	return out.Bytes()
+	writeHead(out, "cassandra_query_duration_seconds", "histogram", "Duration of queries.")
+	counters.queryTimes.prometheus(out, "cassandra_query_duration_seconds", "")
 }
 
 func (h *histogram) prometheus(out *bytes.Buffer, name, labels string) {

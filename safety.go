@@ -29,13 +29,15 @@ const (
 )
 
 const (
-	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch (run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
-	insertScratch      = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
-	selectScratch      = `SELECT name, age FROM scratch WHERE run = ?`
-	selectOfAge        = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
-	selectMissing      = `SELECT name, age FROM non_existent_table_xyz`
-	selectVersion      = `SELECT release_version FROM system.local WHERE key = 'local'`
-	selectClusterName  = `SELECT cluster_name FROM system.local WHERE key = 'local'`
+	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch
+		(run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
+	selectIDs         = `SELECT id FROM users`
+	insertScratch     = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
+	selectScratch     = `SELECT name, age FROM scratch WHERE run = ?`
+	selectOfAge       = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
+	selectMissing     = `SELECT name, age FROM non_existent_table_xyz`
+	selectVersion     = `SELECT release_version FROM system.local WHERE key = 'local'`
+	selectClusterName = `SELECT cluster_name FROM system.local WHERE key = 'local'`
 )
 
 // selfTests limits concurrent self-tests and performance runs.
@@ -106,14 +108,10 @@ func measure(mode string) handler {
 // someIDs returns the ids of the first users of the table, or a random one if it
 // is empty.
 func someIDs(ctx context.Context) (ids []uuid.UUID, err error) {
-	db, err := currentSession()
-	if err != nil {
-		return nil, err
-	}
-	var u user
-	rows := db.Query(usersTable.selectRange, newScan(usersTable).from, newScan(usersTable).end).WithContext(ctx).PageSize(maxRequests).PageState(nil).Iter()
-	for columns := u.columns(); rows.Scan(columns...); {
-		ids = append(ids, u.ID)
+	var id gocql.UUID
+	rows := currentSession().Query(selectIDs).WithContext(ctx).PageSize(maxRequests).PageState(nil).Iter()
+	for rows.Scan(&id) {
+		ids = append(ids, uuid.UUID(id))
 	}
 	if ids == nil {
 		ids = append(ids, uuid.New())
@@ -149,20 +147,13 @@ func slowQuery(d time.Duration, message string) handler {
 		if _, err := readValue(r.Context(), selectVersion); err != nil {
 			return err
 		}
-		return writeJSON(w, http.StatusOK, struct {
-			Message  string  `json:"message"`
-			Duration float64 `json:"duration"` // seconds
-		}{message, time.Since(start).Seconds()})
+		return writeJSON(w, http.StatusOK, map[string]any{"message": message, "duration": time.Since(start).Seconds()})
 	}
 }
 
 // readValue returns the one text value that a statement selects.
 func readValue(ctx context.Context, statement string) (value string, err error) {
-	db, err := currentSession()
-	if err != nil {
-		return "", err
-	}
-	err = db.Query(statement).WithContext(ctx).Consistency(gocql.One).Scan(&value)
+	err = currentSession().Query(statement).WithContext(ctx).Consistency(gocql.One).Scan(&value)
 	return value, queryErrorf(read, err, "running %s", statement)
 }
 
@@ -203,14 +194,10 @@ func testQueryError(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	after := observeSession()
-	return writeJSON(w, http.StatusOK, struct {
-		Test              string `json:"test"`
-		ErrorCaught       string `json:"error_caught"`
-		SessionUnchanged  bool   `json:"session_unchanged"`
-		SessionOpen       bool   `json:"session_open"`
-		SessionStillWorks bool   `json:"session_still_works"`
-		CassandraVersion  string `json:"cassandra_version"`
-	}{"query_error", caught.Error(), after.unchangedSince(before), after.open, release != "", release})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "query_error", "error_caught": caught.Error(), "cassandra_version": release, "session_still_works": release != "",
+		"session_unchanged": after.unchangedSince(before), "session_open": after.open,
+	})
 }
 
 // testStreamingError handles POST /context_manager_safety/streaming_error: a
@@ -230,16 +217,11 @@ func testStreamingError(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	after := observeSession()
-	return writeJSON(w, http.StatusOK, struct {
-		Test                 string `json:"test"`
-		StreamingErrorCaught bool   `json:"streaming_error_caught"`
-		ErrorMessage         string `json:"error_message"`
-		SessionUnchanged     bool   `json:"session_unchanged"`
-		SessionOpen          bool   `json:"session_open"`
-		SessionStillStreams  bool   `json:"session_still_streams"`
-		StreamCompleted      bool   `json:"stream_completed"`
-		RowsAfterError       int    `json:"rows_after_error"`
-	}{"streaming_error", true, caught.Error(), after.unchangedSince(before), after.open, len(rows) > 0, len(rows) == 20, len(rows)})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "streaming_error", "streaming_error_caught": caught != nil, "error_message": caught.Error(),
+		"session_unchanged": after.unchangedSince(before), "session_open": after.open, "session_still_streams": len(rows) > 0,
+		"stream_completed": len(rows) == 20, "rows_after_error": len(rows),
+	})
 }
 
 // ageStream is one of the three streams of testConcurrentStreams.
@@ -281,13 +263,10 @@ func testConcurrentStreams(w http.ResponseWriter, r *http.Request) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
-	return writeJSON(w, http.StatusOK, struct {
-		Test                  string      `json:"test"`
-		StreamsCompleted      int         `json:"streams_completed"`
-		AllStreamsIndependent bool        `json:"all_streams_independent"`
-		Results               []ageStream `json:"results"`
-		SessionStillOpen      bool        `json:"session_still_open"`
-	}{"concurrent_streams", len(streams), areIndependent(streams), streams, observeSession().open})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "concurrent_streams", "streams_completed": len(streams), "all_streams_independent": areIndependent(streams),
+		"results": streams, "session_still_open": observeSession().open,
+	})
 }
 
 // areIndependent reports whether every stream had its first page before the
@@ -320,53 +299,56 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	var events []string
 	var dialer countingDialer
-	probe, err := openNested(ctx, &dialer)
+	if err := probeNested(ctx, &dialer); err != nil {
+		return err
+	}
+	events := []string{"cluster_opened"}
+	rows, err := t.useNestedSession(ctx, &dialer, &events)
 	if err != nil {
 		return err
 	}
-	closeSession(probe, closeTimeout)
-	events = append(events, "cluster_opened")
-	session, err := openNested(ctx, &dialer)
-	if err != nil {
-		return err
-	}
-	defer session.Close()
-	events = append(events, "session_opened")
-	inner := &scratch{db: session, run: t.run}
-	rows, err := inner.stream(ctx, sync.OnceFunc(func() { events = append(events, "stream_opened") }), selectScratch, t.run)
-	if err != nil {
-		return err
-	}
-	if inner.open.Load() == 0 {
-		events = append(events, "stream_closed")
-	}
-	again, err := inner.stream(ctx, nil, selectScratch, t.run)
-	if err != nil {
-		return err
-	}
-	events = append(events, fmt.Sprintf("session_works_after_stream:%d", len(again)), "session_closing")
-	closeSession(session, closeTimeout)
-	if session.Closed() {
-		events = append(events, "session_closed")
-	}
-	probe, err = openNested(ctx, &dialer)
-	if err != nil {
+	if err := probeNested(ctx, &dialer); err != nil {
 		return err
 	}
 	events = append(events, "cluster_works_after_session:True", "cluster_closing")
-	closeSession(probe, closeTimeout)
 	if waitUntil(func() bool { return dialer.open.Load() == 0 }, disconnectTime) {
 		events = append(events, "cluster_closed")
 	}
-	return writeJSON(w, http.StatusOK, struct {
-		Test                  string   `json:"test"`
-		Events                []string `json:"events"`
-		CorrectOrder          bool     `json:"correct_order"`
-		RowCount              int      `json:"row_count"`
-		MainSessionUnaffected bool     `json:"main_session_unaffected"`
-	}{"nested_contexts", events, slices.Equal(events, nestedOrder), len(rows), observeSession().unchangedSince(before)})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "nested_contexts", "events": events, "correct_order": slices.Equal(events, nestedOrder), "row_count": rows,
+		"main_session_unaffected": observeSession().unchangedSince(before),
+	})
+}
+
+// useNestedSession opens a session, streams in it twice and closes it.
+func (t *scratch) useNestedSession(ctx context.Context, dialer *countingDialer, events *[]string) (rows int, err error) {
+	happened := func(event string) { *events = append(*events, event) }
+	session, err := openNested(ctx, dialer)
+	if err != nil {
+		return 0, err
+	}
+	defer session.Close()
+	happened("session_opened")
+	inner := &scratch{db: session, run: t.run}
+	first, err := inner.stream(ctx, sync.OnceFunc(func() { happened("stream_opened") }), selectScratch, t.run)
+	if err != nil {
+		return 0, err
+	}
+	if inner.open.Load() == 0 {
+		happened("stream_closed")
+	}
+	again, err := inner.stream(ctx, nil, selectScratch, t.run)
+	if err != nil {
+		return 0, err
+	}
+	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)))
+	happened("session_closing")
+	closeSession(session, closeTimeout)
+	if session.Closed() {
+		happened("session_closed")
+	}
+	return len(first), nil
 }
 
 // openNested returns a session of its own that has responded to a query.
@@ -379,6 +361,15 @@ func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, er
 		closeSession(s, closeTimeout)
 	}
 	return s, queryErrorf(read, err, "opening a nested session")
+}
+
+// probeNested opens a nested session and closes it.
+func probeNested(ctx context.Context, dialer *countingDialer) error {
+	s, err := openNested(ctx, dialer)
+	if err == nil {
+		closeSession(s, closeTimeout)
+	}
+	return err
 }
 
 // testCancellation handles POST /context_manager_safety/cancellation: a stream of
@@ -400,18 +391,12 @@ func testCancellation(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	return writeJSON(w, http.StatusOK, struct {
-		Test                      string `json:"test"`
-		RowsProcessedBeforeCancel int    `json:"rows_processed_before_cancel"`
-		WasCancelled              bool   `json:"was_cancelled"`
-		ErrorType                 string `json:"error_type"`
-		CleanedUp                 bool   `json:"cleaned_up"`
-		SessionStillWorks         bool   `json:"session_still_works"`
-		SessionOpen               bool   `json:"session_open"`
-		NewStreamWorked           bool   `json:"new_stream_worked"`
-		TotalRows                 int    `json:"total_rows"`
-	}{"cancellation", len(processed), wasCancelled(cancelled, len(processed), total), rootCause(cancelled), t.open.Load() == 0,
-		release != "", observeSession().open, len(all) == total, len(all)})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "cancellation", "rows_processed_before_cancel": len(processed), "total_rows": len(all),
+		"was_cancelled": wasCancelled(cancelled, len(processed), total), "error_type": rootCause(cancelled),
+		"cleaned_up": t.open.Load() == 0, "session_still_works": release != "", "session_open": observeSession().open,
+		"new_stream_worked": len(all) == total,
+	})
 }
 
 // wasCancelled reports whether the end of the context, and nothing else, kept
@@ -435,13 +420,10 @@ func getSafetyStatus(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	state := observeSession()
-	return writeJSON(w, http.StatusOK, struct {
-		SessionOpen bool   `json:"session_open"`
-		SessionID   string `json:"session_id"`
-		ClusterOpen bool   `json:"cluster_open"`
-		ClusterID   string `json:"cluster_id"`
-		Keyspace    string `json:"keyspace"`
-	}{state.open, fmt.Sprint(state.number), counters.connections.open.Load() > 0, cluster, global.cluster.keyspace})
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"session_open": state.open, "session_id": fmt.Sprint(state.number), "keyspace": global.cluster.keyspace,
+		"cluster_open": counters.connections.open.Load() > 0, "cluster_id": cluster,
+	})
 }
 
 // scratch is the partition of the scratch table that belongs to one run of a
@@ -460,16 +442,12 @@ type scratchRow struct {
 // newScratch writes a row for each age to a new partition. The rows expire
 // through the table's TTL.
 func newScratch(ctx context.Context, ages []int) (*scratch, error) {
-	s, err := currentSession()
-	if err != nil {
-		return nil, err
-	}
-	t := &scratch{db: s.Session, run: gocql.UUID(uuid.New())}
+	t := &scratch{db: currentSession(), run: gocql.UUID(uuid.New())}
 	batch := t.db.NewBatch(gocql.UnloggedBatch).WithContext(ctx) // atomic, since it has one partition
 	for n, age := range ages {
 		batch.Query(insertScratch, t.run, n, fmt.Sprintf("user %d", n), age)
 	}
-	err = t.db.ExecuteBatch(batch)
+	err := t.db.ExecuteBatch(batch)
 	return t, queryErrorf(read, err, "writing the scratch table") // as a read: nobody misses these rows
 }
 

@@ -29,21 +29,20 @@ import (
 )
 
 const (
-	maxStreams    = 64      // streams and pages that are being sent; each holds up to four pages
-	concurrency   = 3       // slices that a stream reads concurrently; four were no faster
-	defaultFetch  = 1000    // rows in a Cassandra page; throughput has nearly levelled off there
+	maxStreams    = 64      // streams and pages that are being sent
+	maxPages      = 4       // of one stream in memory; three are read while one is sent, and more were no faster
+	defaultFetch  = 1000    // rows in a Cassandra page, where throughput has nearly levelled off
 	maxFetch      = 5000    // rows; as JSON a page of the longest users then has 4 MB
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
-	writeSize     = 32 << 10
-	minCount      = 100     // rows in a page from which the size of a table is estimated
-	sampleSize    = 1000    // rows counted before a filtered scan
+	minCount      = 100     // rows from which the density of a table is estimated
+	sampleSize    = 1000    // rows that are counted before a filtered scan
 	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
-	narrowing     = 16      // divides a slice that Cassandra had no time for
-	maxNarrowings = 5       // of one slice; after that the failure is returned
+	narrowing     = 16      // divides a slice for which Cassandra ran out of time
+	maxNarrowings = 3       // of one slice; after that the failure is returned
 	pageTime      = 2 * time.Second
 	ndjson        = "application/x-ndjson"
 	unlimited     = math.MaxInt
-	listToken     = "list"   // kind of the page tokens of GET /users
+	listToken     = "list"   // the kind of page token of GET /users
 	streamToken   = "stream" // of GET /users/stream and /users/stream/pages
 	startAgain    = "; start again without page_state"
 )
@@ -51,15 +50,15 @@ const (
 // streams limits the streams and pages that are being sent.
 var streams = make(gate, maxStreams)
 
-// table is what a scan needs to know of a table with a UUID as its key.
+// table is what a scan needs to know of a table whose key is a random UUID.
 type table struct {
 	name           string
 	selectRange    string // rows from one token to another
-	selectFiltered string // the same, at least so old; "" if there is no filter
+	selectFiltered string // the same, with a minimum age
 	newRow         func() row
 }
 
-// row is a row of a table. A scan reuses it for all rows.
+// row is a row of a table. A scan reuses one for all rows.
 type row interface {
 	columns() []any // Scan destinations
 	key() uuid.UUID
@@ -72,18 +71,19 @@ func streamUsers(w http.ResponseWriter, r *http.Request) error { return stream(w
 // getUsersPage handles GET /users/stream/pages.
 func getUsersPage(w http.ResponseWriter, r *http.Request) error { return getPage(w, r, usersTable) }
 
-// stream sends a table as a JSON array or as NDJSON. It fetches the first page
-// before it sends the status line, so an early failure has its own status.
+// stream sends a table as a JSON array or as NDJSON and flushes it page by page.
+// It fetches the first page before it sends the status line, so an early failure
+// has its own status. If it fails later, the end of the array is missing.
 func stream(w http.ResponseWriter, r *http.Request, t *table) error {
 	params := newParameters(r)
-	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
-	s := params.scan(t, streamToken)
+	fetchSize, s := params.number("fetch_size", defaultFetch, 1, maxFetch), params.scan(t, streamToken)
 	if err := params.err(); err != nil {
 		return err
 	}
 	if !r.ProtoAtLeast(1, 1) { // it has no framing that shows a truncated body
 		w.Header().Set("Upgrade", "HTTP/1.1")
-		return &problem{Status: http.StatusUpgradeRequired, Detail: "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1"}
+		detail := "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1"
+		return &problem{Status: http.StatusUpgradeRequired, Detail: detail}
 	}
 	contentType := preferred(r, "application/json", ndjson)
 	w.Header().Set("Vary", "Accept")
@@ -92,19 +92,35 @@ func stream(w http.ResponseWriter, r *http.Request, t *table) error {
 		return nil
 	}
 	if !streams.enter() {
-		return unavailable("Too many concurrent streams; try again in a second")
+		return errTooManyStreams()
 	}
 	defer streams.leave()
-	out := &pageWriter{w: w, lines: contentType == ndjson}
+	before, end := "[", "[]\n"
 	for p, err := range s.pages(r.Context(), fetchSize) {
 		if err != nil {
 			return &streamError{error: err, pageState: s.token(streamToken)}
 		}
-		if err := out.write(p); err != nil {
+		text := p.json
+		if contentType != ndjson && p.rows > 0 {
+			io.WriteString(w, before) // its error comes again with the next write
+			text = p.array()
+		}
+		if _, err := w.Write(text); err != nil {
+			return err
+		}
+		counters.rowsStreamed.Add(int64(p.rows))
+		if p.rows > 0 {
+			before, end = ",", "]\n"
+		}
+		if err := http.NewResponseController(w).Flush(); err != nil {
 			return err
 		}
 	}
-	return out.close()
+	if contentType == ndjson {
+		return nil
+	}
+	_, err := io.WriteString(w, end)
+	return err
 }
 
 // streamError is a failed stream and the position behind the last row it sent.
@@ -115,49 +131,14 @@ type streamError struct {
 
 func (e *streamError) Unwrap() error { return e.error }
 
-// pageWriter writes pages as one JSON array, or as lines.
-type pageWriter struct {
-	w     http.ResponseWriter
-	lines bool
-	pages int
-	rows  int
-}
-
-// write sends a page and flushes it. The first one sends the status line.
-func (o *pageWriter) write(p page) error {
-	rows := p.json
-	if !o.lines {
-		if o.pages == 0 {
-			io.WriteString(o.w, "[")
-		}
-		if o.rows > 0 && p.rows > 0 {
-			io.WriteString(o.w, ",")
-		}
-		rows = asArray(rows)
-	}
-	if _, err := o.w.Write(rows); err != nil { // also if a write above failed
-		return err
-	}
-	o.pages, o.rows = o.pages+1, o.rows+p.rows
-	counters.rowsStreamed.Add(int64(p.rows))
-	return http.NewResponseController(o.w).Flush()
-}
-
-// close closes the array. Without it, on an aborted connection, no client can
-// mistake the body for a complete one.
-func (o *pageWriter) close() error {
-	if o.lines {
-		return nil
-	}
-	_, err := io.WriteString(o.w, "]\n")
-	return err
+func errTooManyStreams() error {
+	return unavailable("Too many concurrent streams; try again in a second")
 }
 
 // getPage sends one page of a table and a token for the next.
 func getPage(w http.ResponseWriter, r *http.Request, t *table) error {
 	params := newParameters(r)
-	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
-	s := params.scan(t, streamToken)
+	fetchSize, s := params.number("fetch_size", defaultFetch, 1, maxFetch), params.scan(t, streamToken)
 	if err := params.err(); err != nil {
 		return err
 	}
@@ -166,57 +147,58 @@ func getPage(w http.ResponseWriter, r *http.Request, t *table) error {
 		return nil
 	}
 	if !streams.enter() {
-		return unavailable("Too many concurrent streams; try again in a second")
+		return errTooManyStreams()
 	}
 	defer streams.leave()
 	p, err := s.page(r.Context(), fetchSize)
 	if err != nil {
 		return err
 	}
-	pageState := "null"
+	next := "null"
 	if s.more() {
-		pageState = strconv.Quote(s.token(streamToken))
+		next = strconv.Quote(s.token(streamToken))
 		linkNext(w, fmt.Sprintf("%s?fetch_size=%d&page_state=%s", r.URL.Path, fetchSize, s.token(streamToken)))
 	}
-	head, tail := fmt.Appendf(nil, `{"%s":[`, t.name), fmt.Appendf(nil, `],"has_more":%t,"page_state":%s}`+"\n", s.more(), pageState)
-	return writeBody(w, http.StatusOK, "application/json", head, asArray(p.json), tail)
+	head, tail := fmt.Sprintf(`{"%s":[`, t.name), fmt.Sprintf(`],"has_more":%t,"page_state":%s}`+"\n", s.more(), next)
+	return writeBody(w, http.StatusOK, "application/json", []byte(head), p.array(), []byte(tail))
 }
 
 func linkNext(w http.ResponseWriter, target string) {
 	w.Header().Set("Link", "<"+target+`>; rel="next"`)
 }
 
-// page is some rows of a scan as JSON, each with a newline behind it: in JSON
-// text a newline can't be anything else.
+// page is some rows of a scan as JSON, each with a newline behind it.
 type page struct {
 	json []byte
 	rows int
 }
 
-// asArray turns the newlines into commas, in place, except for the last.
-func asArray(rows []byte) []byte {
-	rows = bytes.TrimSuffix(rows, []byte("\n"))
-	for at := 0; ; at++ {
-		n := bytes.IndexByte(rows[at:], '\n')
-		if n < 0 {
-			return rows
+// array returns the rows separated by commas, in the memory of the page. JSON text
+// has no other newlines.
+func (p page) array() []byte {
+	text := bytes.TrimSuffix(p.json, []byte("\n"))
+	for rest := text; ; {
+		newline := bytes.IndexByte(rest, '\n')
+		if newline < 0 {
+			return text
 		}
-		at += n
-		rows[at] = ','
+		rest[newline] = ','
+		rest = rest[newline+1:]
 	}
 }
 
 // scan is a resumable scan of a table in token order. Cassandra hashes each key
 // to a token from -2^63 to 2^63-1 and stores rows in the order of their tokens,
-// which forms a ring that is divided among the nodes. Random keys are spread
-// evenly over it. So the scan can be cut into slices of equal width, and it can
-// resume behind any row, in a narrower slice if need be.
+// the ring, which is divided among the nodes. Random keys are spread evenly over
+// it. So a scan can be cut into slices of equal width, and can resume behind any
+// row, in a narrower slice if need be. It never leaves this service as a paging
+// state of Cassandra, which could not be narrowed or checked.
 type scan struct {
 	*table
 	minAge   int       // 0: all rows
 	left     int       // rows still to be returned; 0 at the end of the scan
-	from     int64     // the first token that may have rows left
-	behind   uuid.UUID // of the rows with that token, those up to this key have been returned
+	from     int64     // rows with a lower token have been returned
+	behind   uuid.UUID // of the rows with this token, those up to this key, too
 	upto     int64     // the last token of the slice being read
 	end      int64     // the last token of the scan
 	width    uint64    // tokens of a slice; 0 until it is known
@@ -226,9 +208,9 @@ type scan struct {
 // more reports whether rows remain and the scan has not reached its end.
 func (s *scan) more() bool { return s.left > 0 }
 
-// pages yields the rest of the scan, page by page. As soon as the first pages
-// show how many rows a slice has, it reads several slices concurrently and
-// returns them in order. Its goroutines have ended when it returns.
+// pages yields the rest of the scan page by page. As soon as it knows how wide a
+// slice may be, it reads several concurrently, and returns them in order. Its
+// goroutines have ended when it returns.
 func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	return func(yield func(page, error) bool) {
 		for s.more() && s.width == 0 {
@@ -241,109 +223,77 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 				s.setWidth(from, p.rows, s.pageSize(size)*4/5)
 			}
 		}
-		if !s.more() {
-			return
-		}
-		var running sync.WaitGroup
-		defer running.Wait()
+		var reading sync.WaitGroup
+		defer reading.Wait()
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		for result := range s.ahead(ctx, &running, size) {
-			p := s.take(result)
-			if !yield(p, result.err) || result.err != nil || !s.more() {
-				return
+		rest, queue := *s, []chan firstPage{}
+		for s.more() {
+			for rest.more() && len(queue) < maxPages {
+				first, slice := make(chan firstPage, 1), rest.cut()
+				reading.Go(func() { first <- slice.first(ctx, size) })
+				queue = append(queue, first)
 			}
-		}
-	}
-}
-
-// result is a page of a slice, or an error, and the position behind it.
-type result struct {
-	page
-	err error
-	at  scan
-}
-
-// ahead yields the pages of all slices in order, while up to concurrency slices
-// read one page each. If ctx ends, its last result is an error.
-func (s *scan) ahead(ctx context.Context, running *sync.WaitGroup, size int) iter.Seq[result] {
-	slices := make(chan chan result, concurrency-2) // besides the one being returned and the one being sent here
-	running.Go(func() {
-		defer close(slices)
-		for slice := range s.slices() {
-			results := make(chan result)
-			running.Go(func() { slice.readAll(ctx, size, results) })
-			select {
-			case slices <- results:
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
-	return func(yield func(result) bool) {
-		for results := range slices {
-			for r := range results {
-				if !yield(r) {
+			f := <-queue[0]
+			queue = queue[1:]
+			for p, err := f.page, f.err; ; p, err = f.slice.next(ctx, size) {
+				if !yield(s.take(f.slice, p, err)) || err != nil {
 					return
 				}
-			}
-			if ctx.Err() != nil {
-				break
-			}
-		}
-		if err := ctx.Err(); err != nil {
-			yield(result{err: queryErrorf(read, err, "scanning %s", s.name), at: *s})
-		}
-	}
-}
-
-// slices yields the slices of the rest of the scan.
-func (s *scan) slices() iter.Seq[*scan] {
-	return func(yield func(*scan) bool) {
-		for next := *s; s.more(); next.from, next.behind = next.upto, uuid.Max {
-			next.left, next.end = unlimited, s.end
-			next.upto = next.bound()
-			next.end = next.upto
-			slice := next
-			if !yield(&slice) || slice.upto == s.end {
-				return
+				if !f.slice.more() || !s.more() {
+					break
+				}
 			}
 		}
 	}
 }
 
-// readAll reads a slice page by page, one page ahead of the receiver.
-func (s *scan) readAll(ctx context.Context, size int, results chan<- result) {
-	defer close(results)
-	for s.more() {
-		p, err := s.next(ctx, size)
-		select {
-		case results <- result{p, err, *s}:
-		case <-ctx.Done():
-			return
-		}
-		if err != nil {
-			return
-		}
-	}
+// firstPage is the first page of a slice.
+type firstPage struct {
+	page
+	err   error
+	slice *scan
 }
 
-// take moves the scan behind a page of one of its slices. It returns no more
-// rows of it than are left.
-func (s *scan) take(r result) page {
-	if r.err != nil {
-		return page{}
-	}
-	s.from, s.behind = r.at.from, r.at.behind
-	if r.rows > s.left {
-		lines := bytes.SplitAfterN(r.json, []byte("\n"), s.left+1)
-		r.json, r.rows = r.json[:len(r.json)-len(lines[s.left])], s.left
-	}
-	s.left -= r.rows
-	if !r.at.more() && r.at.end == s.end {
+func (s *scan) first(ctx context.Context, size int) firstPage {
+	p, err := s.next(ctx, size)
+	return firstPage{p, err, s}
+}
+
+// cut cuts the next slice off the scan.
+func (s *scan) cut() *scan {
+	slice := *s
+	slice.left, slice.upto = unlimited, s.bound()
+	slice.end = slice.upto
+	s.skip(slice.upto)
+	return &slice
+}
+
+// skip moves the scan behind a token.
+func (s *scan) skip(token int64) {
+	s.from, s.behind = token, uuid.Max
+	if token == s.end {
 		s.left = 0
 	}
-	return r.page
+	s.upto = s.bound()
+}
+
+// take moves the scan behind a page of one of its slices, and drops rows beyond
+// its limit.
+func (s *scan) take(slice *scan, p page, err error) (page, error) {
+	if err != nil {
+		return p, err
+	}
+	if p.rows > s.left {
+		lines := bytes.SplitAfterN(p.json, []byte("\n"), s.left+1)
+		p.json, p.rows = p.json[:len(p.json)-len(lines[s.left])], s.left
+	}
+	s.left -= p.rows
+	s.from, s.behind = slice.from, slice.behind
+	if !slice.more() {
+		s.skip(slice.end)
+	}
+	return p, nil
 }
 
 // page reads at most size rows. It returns those found so far after pageTime, or
@@ -413,54 +363,44 @@ func (s *scan) sample(ctx context.Context) error {
 	return nil
 }
 
-// read reads one page of the slice.
+// read reads one page of the slice and moves the scan behind it. It asks for one
+// row more: the one behind which it resumes, or one that shows that more follow.
 func (s *scan) read(ctx context.Context, size int) (p page, err error) {
-	db, err := currentSession()
-	if err != nil {
-		return p, err
-	}
 	statement, values := s.selectRange, []any{s.from, s.upto}
 	if s.minAge > 0 {
 		statement, values = s.selectFiltered, append(values, s.minAge)
 	}
-	// One row more: the one behind which the scan resumes, or one that shows that more follow.
 	anyNode := uuid.New() // without a routing key the driver would look for one under a lock that ignores deadlines
-	rows := db.Query(statement, values...).WithContext(ctx).RoutingKey(anyNode[:]).PageSize(size + 1).PageState(nil).Iter()
-	scanned, last, row := 0, s.behind, s.newRow()
+	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(anyNode[:])
+	rows := query.PageSize(size + 1).PageState(nil).Iter()
+	more, last, row := len(rows.PageState()) > 0, s.behind, s.newRow()
 	p.json = make([]byte, 0, rows.NumRows()*(s.rowBytes+s.rowBytes/16))
-	for columns := row.columns(); p.rows < size && rows.Scan(columns...); {
-		scanned++
-		if key := row.key(); bytes.Compare(key[:], s.behind[:]) > 0 || tokenOf(key) != s.from {
-			p.json, p.rows, last = append(row.appendJSON(p.json), '\n'), p.rows+1, key
+	for columns := row.columns(); rows.Scan(columns...); {
+		key := row.key()
+		if bytes.Compare(key[:], s.behind[:]) <= 0 && tokenOf(key) == s.from {
+			continue // returned before
 		}
+		if p.rows == size {
+			more = true
+			break
+		}
+		p.json, p.rows, last = append(row.appendJSON(p.json), '\n'), p.rows+1, key
 	}
-	more := scanned < rows.NumRows() || len(rows.PageState()) > 0
-	if err := rows.Close(); err != nil {
+	switch err := rows.Close(); {
+	case err != nil:
 		return page{}, err
-	}
-	if more && p.rows == 0 {
+	case more && p.rows == 0:
 		return page{}, errNoProgress
+	case more:
+		s.from, s.behind = tokenOf(last), last
+	default:
+		s.skip(s.upto)
 	}
-	s.move(p, last, more)
-	return p, nil
-}
-
-// move moves the scan behind a page, whose last row has the key last. more
-// reports whether rows of the slice remain.
-func (s *scan) move(p page, last uuid.UUID, more bool) {
-	s.left -= p.rows
 	if p.rows > 0 {
 		s.rowBytes = len(p.json) / p.rows
 	}
-	switch {
-	case more:
-		s.from, s.behind = tokenOf(last), last
-	case s.upto == s.end:
-		s.from, s.behind, s.left = s.upto, uuid.Max, 0
-	default:
-		s.from, s.behind = s.upto, uuid.Max
-		s.upto = s.bound()
-	}
+	s.left = max(0, s.left-p.rows)
+	return p, nil
 }
 
 // pageSize returns the number of rows to read: size, or fewer if those would

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"iter"
 	"math"
 	"math/rand/v2"
@@ -21,7 +22,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -53,24 +53,28 @@ const insertAge = 24 * time.Hour
 const userColumns = `id, created_at, updated_at, name, email, age`
 
 const (
-	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users (id uuid PRIMARY KEY, created_at timestamp, updated_at timestamp, name text, email text, age int)`
-	insertUser       = `INSERT INTO users (` + userColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
-	selectUser       = `SELECT ` + userColumns + ` FROM users WHERE id = ?`
-	updateUser       = `UPDATE users SET updated_at = ?, name = ?, email = ?, age = ? WHERE id = ? IF `
-	deleteUser       = `DELETE FROM users WHERE id = ? IF `
-	ifUnchanged      = `updated_at = ?`
-	ifExists         = `EXISTS`
+	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users
+		(id uuid PRIMARY KEY, created_at timestamp, updated_at timestamp, name text, email text, age int)`
+	insertUser  = `INSERT INTO users (` + userColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
+	selectUser  = `SELECT ` + userColumns + ` FROM users WHERE id = ?`
+	updateUser  = `UPDATE users SET updated_at = ?, name = ?, email = ?, age = ? WHERE id = ? IF `
+	deleteUser  = `DELETE FROM users WHERE id = ? IF `
+	ifUnchanged = `updated_at = ?`
+	ifExists    = `EXISTS`
 
-	createKeysTable = `CREATE TABLE IF NOT EXISTS "%s".idempotency_keys (key text PRIMARY KEY, created_at timestamp, fingerprint blob, ids frozen<list<uuid>>) WITH default_time_to_live = 86400`
-	insertKey       = `INSERT INTO idempotency_keys (key, created_at, fingerprint, ids) VALUES (?, ?, ?, ?) IF NOT EXISTS`
+	createKeysTable = `CREATE TABLE IF NOT EXISTS "%s".idempotency_keys
+		(key text PRIMARY KEY, created_at timestamp, fingerprint blob, ids frozen<list<uuid>>)
+		WITH default_time_to_live = 86400`
+	insertKey = `INSERT INTO idempotency_keys (key, created_at, fingerprint, ids) VALUES (?, ?, ?, ?) IF NOT EXISTS`
 )
 
 // usersTable is what a scan needs to know of the users table.
 var usersTable = &table{
-	name:           "users",
-	selectRange:    `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ?`,
-	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ? AND age >= ? ALLOW FILTERING`,
-	newRow:         func() row { return new(user) },
+	name:        "users",
+	selectRange: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ?`,
+	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ? AND age >= ?
+		ALLOW FILTERING`,
+	newRow: func() row { return new(user) },
 }
 
 const errNoUser = notFound("User not found")
@@ -110,7 +114,14 @@ var userFields = []struct {
 		func(u *user, v json.RawMessage) bool { return readInteger(v, &u.Age) && 0 <= u.Age && u.Age <= maxAge }},
 }
 
-const userFieldNames = "name, email and age"
+var userFieldNames = func() string { // "name, email and age"
+	var names []string
+	for _, f := range userFields {
+		names = append(names, f.name)
+	}
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " and " + names[last]
+}()
 
 // newUsers returns n users with new ids and the current time.
 func newUsers(n int) []user {
@@ -124,11 +135,7 @@ func newUsers(n int) []user {
 
 // postUser handles POST /users.
 func postUser(w http.ResponseWriter, r *http.Request) error {
-	body, err := readJSON(r, "application/json")
-	if err != nil {
-		return err
-	}
-	key, err := idempotencyKey(r)
+	body, key, err := readPost(r)
 	if err != nil {
 		return err
 	}
@@ -137,16 +144,11 @@ func postUser(w http.ResponseWriter, r *http.Request) error {
 	if errs := u.set(body, "", true); errs != nil {
 		return invalid(errs...)
 	}
+	err = createUsers(w, r, insert, key, users)
 	w.Header().Set("Location", "/users/"+u.ID.String()) // also of a 504: then the user may exist
-	replayed, err := recordKey(r.Context(), key, insert, users)
 	if err != nil {
 		return err
 	}
-	w.Header().Set("Location", "/users/"+u.ID.String())
-	if err := createUser(r.Context(), u); err != nil {
-		return err
-	}
-	markReplayed(w, replayed)
 	return writeUser(w, http.StatusCreated, u)
 }
 
@@ -165,17 +167,13 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 	if s.more() {
 		linkNext(w, fmt.Sprintf("/users?limit=%d&page_state=%s", limit, s.token(listToken)))
 	}
-	return writeBody(w, http.StatusOK, "application/json", []byte("["), asArray(p.json), []byte("]\n"))
+	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
 }
 
 // postBatch handles POST /users/batch. It writes nothing unless all elements are
 // valid and small enough together.
 func postBatch(w http.ResponseWriter, r *http.Request) error {
-	body, err := readJSON(r, "application/json")
-	if err != nil {
-		return err
-	}
-	key, err := idempotencyKey(r)
+	body, key, err := readPost(r)
 	if err != nil {
 		return err
 	}
@@ -187,14 +185,9 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 		detail := fmt.Sprintf("Batch too large: %d bytes of response JSON, limit %d; split it", n, maxBatchBytes)
 		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: detail}
 	}
-	replayed, err := recordKey(r.Context(), key, batchInsert, users)
-	if err != nil {
+	if err := createUsers(w, r, batchInsert, key, users); err != nil {
 		return err
 	}
-	if err := createUsers(r.Context(), users); err != nil {
-		return err
-	}
-	markReplayed(w, replayed)
 	return writeBody(w, http.StatusCreated, "application/json", appendBatch(users))
 }
 
@@ -225,13 +218,6 @@ func appendBatch(users []user) []byte {
 		b = append(users[i].appendJSON(b), ',')
 	}
 	return append(b[:len(b)-1], "]}\n"...)
-}
-
-// markReplayed marks a response that repeats an earlier one.
-func markReplayed(w http.ResponseWriter, replayed bool) {
-	if replayed {
-		w.Header().Set("Idempotency-Replayed", "true")
-	}
 }
 
 // getUser handles GET /users/{id}. With Cache-Control: no-cache it first settles
@@ -309,28 +295,26 @@ func removeUser(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// createUser writes a new user, or the same user again.
-func createUser(ctx context.Context, u *user) error {
-	db, err := currentSession()
+// createUsers writes new users, or the same users again, and marks a response that
+// repeats an earlier one. Of a logged batch all users are written or, eventually,
+// none, but for a moment a reader may see some of them.
+func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
+	replayed, err := recordKey(r.Context(), key, kind, users)
 	if err != nil {
 		return err
 	}
-	err = db.Query(insertUser, u.columns()...).WithContext(ctx).RoutingKey(u.ID[:]).WithTimestamp(u.stamp()).Exec()
-	return queryErrorf(insert, err, "inserting user %s", u.ID)
-}
-
-// createUsers writes all users or, eventually, none: a logged batch is atomic,
-// but for a moment a reader may see some of them.
-func createUsers(ctx context.Context, users []user) error {
-	db, err := currentSession()
-	if err != nil {
-		return err
+	if replayed {
+		w.Header().Set("Idempotency-Replayed", "true")
 	}
-	batch := db.NewBatch(gocql.LoggedBatch).WithContext(ctx).WithTimestamp(users[0].stamp())
+	if u := &users[0]; kind == insert {
+		query := currentSession().Query(insertUser, u.columns()...).WithContext(r.Context())
+		return queryErrorf(insert, query.RoutingKey(u.ID[:]).WithTimestamp(u.stamp()).Exec(), "inserting user %s", u.ID)
+	}
+	batch := currentSession().NewBatch(gocql.LoggedBatch).WithContext(r.Context()).WithTimestamp(users[0].stamp())
 	for i := range users {
 		batch.Query(insertUser, users[i].columns()...)
 	}
-	return queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
+	return queryErrorf(batchInsert, currentSession().ExecuteBatch(batch), "inserting a batch of %d users", len(users))
 }
 
 // stamp returns the timestamp of the user's INSERT in microseconds.
@@ -343,21 +327,17 @@ func recordKey(ctx context.Context, key string, kind queryKind, users []user) (r
 	if key == "" {
 		return false, nil
 	}
-	db, err := currentSession()
-	if err != nil {
+	turn := turnOf(key)
+	if err := turn.wait(ctx); err != nil {
 		return false, err
 	}
-	leave, err := takeTurn(ctx, "key "+key)
-	if err != nil {
-		return false, err
-	}
-	defer leave()
+	defer turn.leave()
 	ids := make([]gocql.UUID, len(users))
 	for i, u := range users {
 		ids[i] = gocql.UUID(u.ID)
 	}
 	sum, first := fingerprint(kind, users), map[string]any{}
-	query := db.Query(insertKey, key, users[0].CreatedAt, sum, ids).WithContext(ctx).RoutingKey([]byte(key))
+	query := currentSession().Query(insertKey, key, users[0].CreatedAt, sum, ids).WithContext(ctx).RoutingKey([]byte(key))
 	if applied, err := query.MapScanCAS(first); applied || err != nil {
 		return false, queryErrorf(kind, err, "recording an idempotency key")
 	}
@@ -385,11 +365,7 @@ func fingerprint(kind queryKind, users []user) []byte {
 // readUser returns a user or errNoUser. A linearizable read first settles a
 // transaction that was left unfinished, so its result can't change later.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (u user, err error) {
-	db, err := currentSession()
-	if err != nil {
-		return u, err
-	}
-	query := db.Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
+	query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
 	if linearizable {
 		query.Consistency(gocql.Consistency(gocql.LocalSerial))
 	}
@@ -405,11 +381,11 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (u user, err
 // It returns the user as written; errNoUser; or errTagMismatch and the current
 // user if ifMatch is not nil and has other tags.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
-	leave, err := takeTurn(ctx, "user "+id.String())
-	if err != nil {
+	turn := turnOf(string(id[:]))
+	if err := turn.wait(ctx); err != nil {
 		return u, err
 	}
-	defer leave()
+	defer turn.leave()
 	for pause := time.Millisecond; ; pause = min(2*pause, maxEditPause) {
 		if u, err = readUser(ctx, id, false); err != nil {
 			return u, err
@@ -442,49 +418,21 @@ func compareAndSet(ctx context.Context, u *user, change func(*user)) (applied bo
 
 // runTransaction runs a lightweight transaction on one user.
 func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
-	db, err := currentSession()
-	if err != nil {
-		return false, err
-	}
-	applied, err = db.Query(statement, values...).WithContext(ctx).RoutingKey(id[:]).ScanCAS(new(int64))
+	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(id[:])
+	applied, err = query.ScanCAS(new(int64))
 	return applied, queryErrorf(edit, err, "editing user %s", id)
 }
 
-// turns serializes transactions on the same row within this instance, since
-// concurrent ones make each other time out.
-var turns = struct {
-	sync.Mutex
-	of map[string]*turn
-}{of: map[string]*turn{}}
+// turns make transactions on the same row wait for each other, since concurrent
+// ones time out. A row shares its turn with few others.
+var turns = func() (gates [4096]gate) {
+	for i := range gates {
+		gates[i] = make(gate, 1)
+	}
+	return gates
+}()
 
-type turn struct {
-	gate
-	holders int // requests that have or await the turn
-}
-
-// takeTurn waits for the turn of a row until ctx ends.
-func takeTurn(ctx context.Context, row string) (leave func(), err error) {
-	turns.Lock()
-	t := turns.of[row]
-	if t == nil {
-		t = &turn{gate: make(gate, 1)}
-		turns.of[row] = t
-	}
-	t.holders++
-	turns.Unlock()
-	forget := func() {
-		turns.Lock()
-		defer turns.Unlock()
-		if t.holders--; t.holders == 0 {
-			delete(turns.of, row)
-		}
-	}
-	if err := t.wait(ctx); err != nil {
-		forget()
-		return nil, err
-	}
-	return func() { t.leave(); forget() }, nil
-}
+func turnOf(row string) gate { return turns[crc32.ChecksumIEEE([]byte(row))%uint32(len(turns))] }
 
 // set reads the members of a JSON object into the user and returns everything
 // that is wrong with them, located by JSON Pointers below at. If all is set, no
@@ -493,7 +441,7 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+userFieldNames)}
 	}
-	seen := map[string]bool{}
+	seen, missing := map[string]bool{}, 0
 	for name, value := range members(object) {
 		pointer := at + "/" + pointerEscaper.Replace(name)
 		switch {
@@ -510,13 +458,12 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 			}
 		}
 	}
-	missing := 0
 	for _, f := range userFields {
 		if !seen[f.name] {
 			missing++
-			if all {
-				errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
-			}
+		}
+		if all && !seen[f.name] && !f.set(u, json.RawMessage("null")) { // an optional field accepts null
+			errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
 		}
 	}
 	if errs == nil && missing == len(userFields) {
@@ -527,18 +474,17 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 
 // setField reads one member into the user, or returns the rule that it breaks.
 func (u *user) setField(name string, value json.RawMessage) (rule string) {
-	for _, f := range userFields {
-		switch {
-		case f.name != name:
-		case f.set(u, value):
-			return ""
-		default:
-			return f.rule
-		}
-	}
 	switch name {
 	case "id", "created_at", "updated_at": // read-only, so that a GET response can be edited and PUT back
 		return ""
+	}
+	for _, f := range userFields {
+		if f.name == name && f.set(u, value) {
+			return ""
+		}
+		if f.name == name {
+			return f.rule
+		}
 	}
 	return "unknown field; the fields are " + userFieldNames + " (case-sensitive)"
 }
@@ -547,7 +493,8 @@ func (u *user) setField(name string, value json.RawMessage) (rule string) {
 func readJSON(r *http.Request, mediaTypes ...string) (json.RawMessage, error) {
 	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || !slices.Contains(mediaTypes, mediaType) {
-		return nil, &problem{Status: http.StatusUnsupportedMediaType, Detail: "Send the body as JSON: -H 'Content-Type: " + mediaTypes[0] + "'"}
+		detail := "Send the body as JSON: -H 'Content-Type: " + mediaTypes[0] + "'"
+		return nil, &problem{Status: http.StatusUnsupportedMediaType, Detail: detail}
 	}
 	body := r.Body.(receivedBody).Bytes()
 	if len(bytes.TrimSpace(body)) == 0 {
@@ -598,7 +545,8 @@ func readInteger(value json.RawMessage, to *int) bool {
 }
 
 func isName(text string) bool {
-	return utf8.RuneCountInString(text) <= maxName && strings.ContainsFunc(text, isVisible) && !strings.ContainsFunc(text, unicode.IsControl)
+	isLegal := utf8.RuneCountInString(text) <= maxName && !strings.ContainsFunc(text, unicode.IsControl)
+	return isLegal && strings.ContainsFunc(text, isVisible)
 }
 
 // isAddress reports whether the text is an address, without display name or comment.
@@ -607,7 +555,8 @@ func isAddress(text string) bool {
 		return false
 	}
 	address, err := mail.ParseAddress(text)
-	return err == nil && address.Address == text && !strings.ContainsFunc(text, func(r rune) bool { return !isVisible(r) })
+	isInvisible := func(r rune) bool { return !isVisible(r) }
+	return err == nil && address.Address == text && !strings.ContainsFunc(text, isInvisible)
 }
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
@@ -625,16 +574,18 @@ func pathID(r *http.Request) (uuid.UUID, error) {
 
 var visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
 
-// idempotencyKey returns the request's Idempotency-Key, or "" if it has none.
-func idempotencyKey(r *http.Request) (string, error) {
-	values := r.Header["Idempotency-Key"]
-	switch {
-	case values == nil:
-		return "", nil
-	case len(values) > 1 || !visibleASCII.MatchString(values[0]):
-		return "", invalid(fieldError{Header: "Idempotency-Key", Detail: "must be a single value of 1 to 255 visible ASCII characters"})
+// readPost returns the body and the Idempotency-Key, "" if there is none.
+func readPost(r *http.Request) (body json.RawMessage, key string, err error) {
+	if body, err = readJSON(r, "application/json"); err != nil {
+		return nil, "", err
 	}
-	return values[0], nil
+	if keys := r.Header["Idempotency-Key"]; keys != nil {
+		if key = keys[0]; len(keys) > 1 || !visibleASCII.MatchString(key) {
+			detail := "must be a single value of 1 to 255 visible ASCII characters"
+			return nil, "", invalid(fieldError{Header: "Idempotency-Key", Detail: detail})
+		}
+	}
+	return body, key, nil
 }
 
 // etag returns the user's entity tag, which every change changes.
@@ -689,9 +640,13 @@ func (u *user) appendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// appendTime appends milliseconds since 1970 as RFC 3339 text.
+// appendTime appends milliseconds since 1970 as RFC 3339 text. The time package is
+// three times as fast with its own layout as with one that has milliseconds.
 func appendTime(b []byte, milliseconds int64) []byte {
-	return time.UnixMilli(milliseconds).UTC().AppendFormat(b, `"2006-01-02T15:04:05.000Z"`)
+	at := time.UnixMilli(milliseconds).UTC()
+	b = at.AppendFormat(append(b, '"'), time.RFC3339)
+	ms := at.Nanosecond() / int(time.Millisecond)
+	return append(b[:len(b)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z', '"')
 }
 
 // appendString appends text as JSON. encoding/json takes ten times as long, so
