@@ -57,7 +57,7 @@ var createTables = map[string]string{
 	"scratch":          createScratchTable,
 }
 
-var errNotConnected = errors.New("not connected to Cassandra yet")
+var errNotConnected = queryErrorf(read, gocql.ErrNoConnections, "not connected to Cassandra yet")
 
 // cluster is the configuration of the connection to Cassandra.
 type cluster struct {
@@ -551,7 +551,7 @@ func wasRefused(query *queryError, code int) bool {
 
 // isUnreachable reports whether a query was never sent.
 func isUnreachable(err error) bool {
-	return slices.ContainsFunc([]error{errNotConnected, gocql.ErrNoConnections, gocql.ErrSessionClosed, gocql.ErrNoStreams},
+	return slices.ContainsFunc([]error{gocql.ErrNoConnections, gocql.ErrSessionClosed, gocql.ErrNoStreams},
 		func(unsent error) bool { return errors.Is(err, unsent) })
 }
 
@@ -691,7 +691,7 @@ func parseCertificates(file string) (string, bool) {
 func getHealth(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), healthTimeout)
 	defer cancel()
-	start, err := time.Now(), error(errNotConnected)
+	start, err := time.Now(), errNotConnected
 	if currentSession() != nil {
 		_, err = readUser(ctx, uuid.Nil, false)
 	}

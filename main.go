@@ -454,7 +454,7 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 		return err
 	}
 	if currentSession() == nil && line.options&offline == 0 {
-		return queryErrorf(read, errNotConnected, "handling a request")
+		return errNotConnected
 	}
 	return line.handler(w, r)
 }
