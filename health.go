@@ -1,11 +1,6 @@
-// This file is the connection to Cassandra: it holds the one global session that
-// every handler uses, connects it, creates what is missing of the schema, watches
-// it once a second, and replaces it when it stays dead. Up to the handlers it
-// leans on queryError, queryKind, read and isDigits of main.go, on the dialer, the
-// observer and the counters of metrics.go, and on the CREATE statements of
-// users.go and safety.go; the handlers also on readUser, timestamp and now of
-// users.go, milliseconds of metrics.go, and life, router, version, problem, isBug
-// and writeJSON of main.go.
+// This file is the connection to Cassandra: the driver's settings, the one global
+// session that every request uses, how it is connected, watched and replaced,
+// what a failed query means, and GET /health.
 
 package main
 
@@ -15,10 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
+	"net"
 	"net/http"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -31,82 +27,78 @@ import (
 
 const (
 	healthTimeout  = 2 * time.Second        // of the query behind /health
-	pingInterval   = time.Second            // also while idle: nobody else may ask for minutes
-	pingTimeout    = time.Second            // of one ping
-	deadAfter      = 3 * time.Second        // without a successful ping: try another session
-	connectTimeout = 2 * time.Second        // to dial a node and to be greeted by it
-	tryTimeout     = 10 * time.Second       // to create or close a session; both can hang
-	firstRetry     = 250 * time.Millisecond // between two tries to connect, doubled each time
-	lastRetry      = time.Second            // the longest of them: Cassandra is to be found within 5 s
-	agreeTimeout   = 2 * time.Second        // for the nodes to agree on the schema; one that is down does not
-	logInterval    = 10 * time.Second       // between two lines of the driver, 4 a second in an outage
-	queryTimeout   = 12 * time.Second       // of one page, above the node's own for a range: 5 s, or 10
+	pingInterval   = time.Second            // also while idle, when no request would notice an outage
+	pingTimeout    = 3 * time.Second        // three times the slowest round trip that is expected
+	deadAfter      = 3 * time.Second        // without a successful ping: open another session
+	dialTimeout    = 2 * time.Second        // for a TCP connection
+	connectTimeout = 4 * time.Second        // for each response while a connection starts
+	sessionTimeout = 30 * time.Second       // to create a session, which takes about 15 round trips
+	closeTimeout   = 5 * time.Second        // to close one; both can hang
+	firstRetry     = 250 * time.Millisecond // between attempts to connect, doubled each time
+	lastRetry      = time.Second            // the longest of them, to connect within 5 s
+	agreeTimeout   = 2 * time.Second        // for schema agreement; a node that is down never agrees
+	logInterval    = 10 * time.Second       // between log lines about an outage
+	queryTimeout   = 12 * time.Second       // of one page, longer than a node's own timeouts of 5 or 10 s
+	maxSkew        = 5 * time.Second        // between the clocks of service and node before it is logged
+	maxPending     = 1 << 20                // bytes of requests on one connection that are not sent yet
 )
 
 const (
 	selectKeyspace = `SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = ?`
-	selectTable    = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ? AND table_name = ?`
+	selectTables   = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ?`
 	createKeyspace = `CREATE KEYSPACE IF NOT EXISTS "%s" WITH replication = %s`
-	selectVersion  = `SELECT release_version FROM system.local WHERE key = 'local'`
-	selectLocalDC  = `SELECT data_center FROM system.local WHERE key = 'local'`
-	selectOtherDCs = `SELECT data_center FROM system.peers`
+	selectNow      = `SELECT toUnixTimestamp(now()) FROM system.local WHERE key = 'local'`
 )
 
-// errNotConnected says that there is no session yet.
-var errNotConnected = errors.New("not connected to Cassandra yet")
+// createTables are the tables by name; %s is the keyspace.
+var createTables = map[string]string{
+	"users":            createUsersTable,
+	"idempotency_keys": createKeysTable,
+	"scratch":          createScratchTable,
+}
 
-// cluster is how to reach Cassandra.
+var errNotConnected = queryErrorf(read, gocql.ErrNoConnections, "not connected to Cassandra yet")
+
+// cluster is the configuration of the connection to Cassandra.
 type cluster struct {
 	hosts       []string
 	port        int
 	keyspace    string
-	datacenter  string // none: any
+	datacenter  string // "" is any
 	consistency gocql.Consistency
 	replication string // a CQL map, for a missing keyspace
 	username    string
 	password    string
-	tlsCA       string // a file of PEM certificates; none: no TLS
+	tlsCA       string // a file of PEM certificates; "" is no TLS
 }
 
-// global is the holder of the one session that serves everybody. The session
-// is nil until Cassandra was reached for the first time.
+// global holds the session shared by all requests. It is nil before the first
+// connection.
 var global struct {
 	session atomic.Pointer[session]
-	cluster cluster   // set once, before the first request
-	log     driverLog // one for all sessions: each new try would start it afresh
+	cluster cluster // set once, before the first request
+	log     logLimiter
 }
 
-// session is a gocql session, safe for concurrent use, that knows its number:
-// 1 for the first of this process, one more for each that replaced another.
+// session is a gocql session, safe for concurrent use, numbered from 1 and
+// incremented on every replacement.
 type session struct {
 	*gocql.Session
 	number int64
 }
 
-// currentSession returns the one session that serves everybody, or an error
-// that wraps errNotConnected.
-func currentSession() (*session, error) {
+// currentSession returns the global session. It is nil before the first
+// connection, when no request reaches a handler that needs it.
+func currentSession() *gocql.Session {
 	if s := global.session.Load(); s != nil {
-		return s, nil
+		return s.Session
 	}
-	return nil, failed(read, errNotConnected, "looking for the session")
+	return nil
 }
 
-// failed describes a failed request to Cassandra, and counts it if it never
-// reached the driver's observers. A nil err stays nil.
-func failed(kind queryKind, err error, doing string, args ...any) error {
-	if err == nil {
-		return nil
-	}
-	if errors.Is(err, errNotConnected) || errors.Is(err, gocql.ErrNoConnections) || errors.Is(err, gocql.ErrSessionClosed) {
-		countUnsent(err)
-	}
-	return &queryError{doing: fmt.Sprintf(doing, args...), kind: kind, err: err}
-}
-
-// keepConnected connects the global session in the background and watches over
-// it until the returned function closes it.
-func keepConnected(c cluster) (closeAll func()) {
+// keepConnected connects the global session in the background and watches it
+// until the returned function closes it.
+func keepConnected(c cluster) (disconnect func()) {
 	global.cluster = c
 	ctx, cancel := context.WithCancel(context.Background())
 	var watching sync.WaitGroup
@@ -114,287 +106,576 @@ func keepConnected(c cluster) (closeAll func()) {
 	return func() {
 		cancel()
 		watching.Wait()
-		if s := global.session.Swap(nil); s != nil {
-			closeSession(s.Session)
+		if s := currentSession(); s != nil {
+			closeSession(s, abortTimeout)
 		}
 	}
 }
 
-// watch pings the session once a second. When there is none, or none that has
-// answered for a while, it opens a fresh one and swaps it in. The driver
-// reconnects a cut node by itself; but after a longer outage its session may be
-// dead for good, or answer once and then die, where a node came back under an
-// address that cannot be reached.
+// watch pings the session once a second. If there is none, or if it has not
+// responded for a while, watch opens another and replaces it. The driver
+// reconnects a lost node by itself. But after a longer outage its session may
+// stay dead, where a node came back under an address that can't be reached.
 func watch(ctx context.Context, c cluster) {
-	var lastAnswer time.Time
+	var lastResponse time.Time
 	for number := int64(1); ctx.Err() == nil; {
 		old := global.session.Load()
-		if old != nil && answers(ctx, old) {
-			lastAnswer = time.Now()
-			pause(ctx, pingInterval)
+		if old != nil && c.ping(ctx, old) {
+			lastResponse = time.Now()
+			sleep(ctx, pingInterval)
 			continue
 		}
-		if time.Since(lastAnswer) < deadAfter {
-			pause(ctx, firstRetry)
+		if time.Since(lastResponse) < deadAfter {
+			sleep(ctx, firstRetry)
 			continue
 		}
-		fresh := c.openAtLast(ctx)
+		fresh := c.openWithRetry(ctx)
 		if fresh == nil {
 			return
 		}
 		slog.Info("connected to Cassandra", "session", number, "keyspace", c.keyspace)
 		global.session.Store(&session{Session: fresh, number: number})
-		lastAnswer = time.Now()
+		counters.connected.Store(true)
+		lastResponse = time.Now()
 		number++
 		if old != nil {
-			time.AfterFunc(queryTimeout, func() { closeSession(old.Session) }) // nothing is under way there by then
+			time.AfterFunc(queryTimeout, func() { closeSession(old.Session, closeTimeout) }) // by then its last query has finished
 		}
 	}
 }
 
-// openAtLast tries until a session is open, or returns nil at the end of ctx.
-func (c cluster) openAtLast(ctx context.Context) *gocql.Session {
-	var lastError string
-	var lastLine time.Time
+// ping reads the node's clock and recreates missing tables. Its queries are not
+// counted. Under overload a ping may time out while other queries succeed.
+func (c cluster) ping(ctx context.Context, s *session) bool {
+	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
+	defer cancel()
+	var node int64
+	start := time.Now()
+	err := s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(nil).Scan(&node)
+	if err == nil {
+		recordSkew(time.UnixMilli(node).Sub(start.Add(time.Since(start) / 2)))
+		err = c.ensureTables(ctx, s.Session)
+	}
+	ok := err == nil || time.Since(counters.started)-time.Duration(counters.lastResponse.Load()) < pingTimeout
+	counters.connected.Store(ok)
+	return ok
+}
+
+// recordSkew logs when the clocks of node and service begin and cease to differ
+// by more than maxSkew.
+func recordSkew(skew time.Duration) {
+	before := time.Duration(counters.skew.Swap(int64(skew)))
+	switch was, is := before.Abs() > maxSkew, skew.Abs() > maxSkew; {
+	case is && !was:
+		slog.Warn("the clocks of this service and of Cassandra differ", "skew", skew.Round(time.Millisecond))
+	case was && !is:
+		slog.Info("the clocks of this service and of Cassandra agree again", "skew", skew.Round(time.Millisecond))
+	}
+}
+
+// openWithRetry opens a session, or returns nil if ctx ends first.
+func (c cluster) openWithRetry(ctx context.Context) *gocql.Session {
+	counters.connected.Store(false)
+	var limiter logLimiter
 	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
 		s, err := c.open(ctx)
 		if err == nil {
 			return s
 		}
-		if err.Error() != lastError && time.Since(lastLine) >= logInterval && ctx.Err() == nil {
-			slog.Warn("cannot connect to Cassandra, trying on", "hosts", c.hosts, "port", c.port, "error", err)
-			lastError, lastLine = err.Error(), time.Now()
+		if ctx.Err() == nil {
+			limiter.warn("cannot connect to Cassandra; retrying", "hosts", c.hosts, "port", c.port, "error", err)
 		}
-		pause(ctx, wait)
+		sleep(ctx, wait)
 	}
 	return nil
 }
 
-// answers pings, uncounted: the metrics are about the service's work. Under
-// overload a ping can come too late while others get their answers.
-func answers(ctx context.Context, s *session) bool {
-	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
-	defer cancel()
-	err := s.Query(selectVersion).WithContext(ctx).Observer(nil).Exec()
-	return err == nil || time.Since(time.Unix(0, counters.lastAnswer.Load())) < pingTimeout
-}
-
-// pause waits for d or the end of ctx.
-func pause(ctx context.Context, d time.Duration) {
+// sleep waits for d or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
 	select {
 	case <-time.After(d):
 	case <-ctx.Done():
 	}
 }
 
-// open returns a new session of the keyspace, with the schema in place.
+// open returns a new session for the keyspace, with all tables in place.
 func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
-	ctx, cancel := context.WithTimeout(ctx, tryTimeout)
-	defer cancel()
-	if err := c.ensureSchema(ctx); err != nil {
+	cfg := c.config(&counters.connections)
+	cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
+	s, err := createSession(ctx, cfg)
+	if errors.Is(err, gocql.ErrNoConnectionsStarted) { // the driver's sign of a missing keyspace, among other things
+		if err := c.createKeyspace(ctx); err != nil {
+			return nil, err
+		}
+		cfg.PoolConfig.HostSelectionPolicy = c.policy() // a policy belongs to one session
+		s, err = createSession(ctx, cfg)
+	}
+	if err != nil {
 		return nil, err
 	}
-	cfg := c.config(&connections)
-	cfg.Keyspace = c.keyspace // for token-aware routing; a missing one would fail the session
-	cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
-	return createSession(ctx, cfg)
+	if err = c.ensureTables(ctx, s); err == nil {
+		err = prepare(ctx, s)
+	}
+	if err != nil {
+		closeSession(s, closeTimeout)
+		return nil, err
+	}
+	return s, nil
 }
 
-// ensureSchema creates what is missing of the schema. It looks first: so a role
-// that may not create anything can serve, and instances that start together
-// rarely create the same thing twice, which a cluster may not sort out.
-func (c cluster) ensureSchema(ctx context.Context) error {
-	s, err := createSession(ctx, c.config(&connections))
+// createKeyspace creates the keyspace if it is missing.
+func (c cluster) createKeyspace(ctx context.Context) error {
+	cfg := c.config(&counters.connections)
+	cfg.Keyspace = ""
+	s, err := createSession(ctx, cfg)
 	if err != nil {
 		return err
 	}
-	defer closeSession(s)
-	create := func(statement, lookup string, args ...any) error {
-		switch err := s.Query(lookup, args...).WithContext(ctx).Scan(nil); {
-		case err == nil:
-			return nil
-		case !errors.Is(err, gocql.ErrNotFound):
-			return fmt.Errorf("looking up the schema: %w", err)
-		}
-		if err := s.Query(statement).WithContext(ctx).Exec(); err != nil {
-			return fmt.Errorf("creating the schema: %w", err)
-		}
-		return nil
-	}
-	if err := create(fmt.Sprintf(createKeyspace, c.keyspace, c.replication), selectKeyspace, c.keyspace); err != nil {
+	defer closeSession(s, closeTimeout)
+	err = s.Query(selectKeyspace, c.keyspace).WithContext(ctx).Consistency(gocql.One).Scan(nil)
+	if !errors.Is(err, gocql.ErrNotFound) {
 		return err
 	}
-	for table, statement := range map[string]string{"users": createUsersTable, "scratch": createScratchTable} {
-		if err := create(fmt.Sprintf(statement, c.keyspace), selectTable, c.keyspace, table); err != nil {
-			return err
-		}
-	}
-	if err := s.AwaitSchemaAgreement(ctx); err != nil { // while a node is down or of another version, it may never come
-		slog.Warn("the nodes do not agree on the schema, going on", "error", err)
-	}
-	return c.checkDatacenter(ctx, s)
+	return create(ctx, s, fmt.Sprintf(createKeyspace, c.keyspace, c.replication))
 }
 
-// checkDatacenter warns of a data centre that no node is in: the driver then
-// takes any node in silence, however far away.
-func (c cluster) checkDatacenter(ctx context.Context, s *gocql.Session) error {
-	if c.datacenter == "" {
-		return nil
+// ensureTables creates missing tables. It looks first, so a role without CREATE
+// works, and instances that start together rarely create a table twice, which a
+// cluster may not sort out.
+func (c cluster) ensureTables(ctx context.Context, s *gocql.Session) error {
+	found, name := map[string]bool{}, ""
+	rows := s.Query(selectTables, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(nil).Iter()
+	for rows.Scan(&name) {
+		found[name] = true
 	}
-	var name string
-	found := map[string]bool{}
-	for _, statement := range []string{selectLocalDC, selectOtherDCs} {
-		rows := s.Query(statement).WithContext(ctx).Iter()
-		for rows.Scan(&name) {
-			found[name] = true
-		}
-		if err := rows.Close(); err != nil {
-			return fmt.Errorf("looking up the data centres: %w", err)
-		}
+	if err := rows.Close(); err != nil {
+		return fmt.Errorf("looking up the tables: %w", err)
 	}
-	if !found[c.datacenter] {
-		slog.Warn("no node is in CASSANDRA_DATACENTER, taking any", "datacenter", c.datacenter, "there_are", slices.Sorted(maps.Keys(found)))
+	for name, statement := range createTables {
+		if !found[name] {
+			if err := create(ctx, s, fmt.Sprintf(statement, c.keyspace)); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
 
-// config is how the driver is set up, for one session: a policy object must not
-// be shared. Where it departs from the defaults, it says why.
+// create runs a CREATE statement and waits until the nodes agree on the schema.
+func create(ctx context.Context, s *gocql.Session, statement string) error {
+	if err := s.Query(statement).WithContext(ctx).Exec(); err != nil {
+		return fmt.Errorf("creating the schema: %w", err)
+	}
+	if err := s.AwaitSchemaAgreement(ctx); err != nil { // never comes while a node is down
+		slog.Warn("no schema agreement between nodes; continuing", "error", err)
+	}
+	return nil
+}
+
+// errPrepared ends a query that only has to be prepared.
+var errPrepared = errors.New("statement prepared")
+
+// prepare prepares the hot statements, so that no request waits for that. The
+// routing key of a batch is computed under a lock that ignores deadlines.
+func prepare(ctx context.Context, s *gocql.Session) error {
+	for _, statement := range []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered} {
+		stop := func(*gocql.QueryInfo) ([]any, error) { return nil, errPrepared }
+		if err := s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec(); !errors.Is(err, errPrepared) {
+			return fmt.Errorf("preparing statements: %w", err)
+		}
+	}
+	_, err := s.Query(insertUser, gocql.UUID{}).WithContext(ctx).GetRoutingKey()
+	return err
+}
+
+// config returns the driver's settings for one session. Where they depart from
+// the defaults, a comment says why.
 func (c cluster) config(dialer gocql.Dialer) *gocql.ClusterConfig {
 	cfg := gocql.NewCluster(c.hosts...)
 	cfg.Port = c.port
-	cfg.ProtoVersion = 4 // 5 fails with this driver, 0 costs a dial to find out
+	cfg.Keyspace = c.keyspace
+	cfg.ProtoVersion = 4 // 5 fails with this driver, 0 costs a connection to find out
 	cfg.Consistency = c.consistency
 	cfg.SerialConsistency = gocql.LocalSerial // lightweight transactions stay in this data centre
 	cfg.ConnectTimeout = connectTimeout
 	cfg.Timeout = queryTimeout
 	cfg.NumConns = 1                      // reads are 10 to 27 % faster than over two, creates no slower
-	cfg.WriteCoalesceWaitTime = 0         // the default 200 µs cost a lone query over a millisecond
-	cfg.ReconnectInterval = time.Second   // the default minute is the length of an outage
-	cfg.Events.DisableSchemaEvents = true // nobody here reads the driver's schema metadata
+	cfg.WriteCoalesceWaitTime = 0         // the default of 200 µs costs a lone query over a millisecond
+	cfg.ReconnectInterval = time.Second   // the default of a minute would be the length of an outage
+	cfg.Events.DisableSchemaEvents = true // nothing reads the driver's schema metadata
 	cfg.MaxWaitSchemaAgreement = agreeTimeout
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
 	cfg.Dialer = dialer
 	cfg.Logger = &global.log
-	policy := gocql.RoundRobinHostPolicy()
-	if c.datacenter != "" {
-		policy = gocql.DCAwareRoundRobinPolicy(c.datacenter)
+	cfg.PoolConfig.HostSelectionPolicy = c.policy()
+	if c.datacenter != "" { // else the driver silently uses remote nodes, too
+		cfg.HostFilter = gocql.DataCentreHostFilter(c.datacenter)
 	}
-	cfg.PoolConfig.HostSelectionPolicy = gocql.TokenAwareHostPolicy(policy, gocql.ShuffleReplicas())
 	if c.username != "" {
 		cfg.Authenticator = gocql.PasswordAuthenticator{Username: c.username, Password: c.password}
 	}
 	if c.tlsCA != "" {
-		cfg.SslOpts = &gocql.SslOptions{CaPath: c.tlsCA, EnableHostVerification: true} // without it any certificate would do
+		cfg.SslOpts = &gocql.SslOptions{CaPath: c.tlsCA, EnableHostVerification: true} // off by default
 	}
-	return cfg // no RetryPolicy: the driver's would also retry writes, which may then be applied twice
+	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
 }
 
-// createSession is CreateSession, which can panic and on rare occasions hang,
-// with a deadline.
-func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Session, error) {
-	type result struct {
-		session *gocql.Session
-		err     error
+// policy returns a host selection policy for one session.
+func (c cluster) policy() gocql.HostSelectionPolicy {
+	fallback := gocql.RoundRobinHostPolicy()
+	if c.datacenter != "" {
+		fallback = gocql.DCAwareRoundRobinPolicy(c.datacenter)
 	}
-	done := make(chan result, 1)
+	return gocql.TokenAwareHostPolicy(fallback, gocql.ShuffleReplicas())
+}
+
+// createSession is gocql's CreateSession with a deadline.
+func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (s *gocql.Session, err error) {
+	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
+	defer cancel()
+	created := make(chan *gocql.Session, 1)
+	err = within(ctx, func() error {
+		s, err := cfg.CreateSession()
+		if ctx.Err() != nil && s != nil { // too late
+			s.Close()
+		}
+		created <- s
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("creating a session: %w", err)
+	}
+	return <-created, nil
+}
+
+// closeSession closes a session, but does not wait longer than timeout.
+func closeSession(s *gocql.Session, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	within(ctx, func() error {
+		s.Close()
+		return nil
+	})
+}
+
+// within calls f, which may panic or hang, as the driver rarely does, and returns
+// when ctx ends at the latest.
+func within(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
 	go func() {
-		var r result
 		defer func() {
 			if v := recover(); v != nil {
-				r.err = fmt.Errorf("creating a session: panic: %v", v)
+				done <- fmt.Errorf("panic: %v", v)
 			}
-			done <- r
 		}()
-		r.session, r.err = cfg.CreateSession()
+		done <- f()
 	}()
 	select {
-	case r := <-done:
-		return r.session, r.err
+	case err := <-done:
+		return err
 	case <-ctx.Done():
-		go func() {
-			if r := <-done; r.session != nil {
-				r.session.Close()
-			}
-		}()
-		return nil, fmt.Errorf("creating a session: %w", ctx.Err())
+		return ctx.Err()
 	}
 }
 
-// closeSession is Close, which can hang on rare occasions, with a deadline.
-func closeSession(s *gocql.Session) {
-	done := make(chan struct{})
-	go func() {
-		s.Close()
-		close(done)
-	}()
+// countingDialer opens connections for the driver and counts the open ones; the
+// driver doesn't report when it closes one.
+type countingDialer struct {
+	open, opened, failed atomic.Int64
+}
+
+// DialContext implements gocql.Dialer.
+func (d *countingDialer) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
+	tcp, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
+	if err != nil {
+		d.failed.Add(1)
+		return nil, err
+	}
+	d.open.Add(1)
+	d.opened.Add(1)
+	c := &conn{Conn: tcp, dialer: d, wake: make(chan struct{}, 1)}
+	c.sent.L = &c.mu
+	go c.send()
+	return c, nil
+}
+
+// conn is a connection that gathers writes. The driver writes each request by
+// itself, and a system call for each is what limits its rate. Here Write only
+// appends to a buffer and wakes send, which sends everything that has arrived by
+// then. No request waits for a timer, and under load many share one call. A
+// request that was accepted may have been sent, so it never counts as not written.
+type conn struct {
+	net.Conn
+	dialer  *countingDialer
+	wake    chan struct{} // closed by Close
+	mu      sync.Mutex
+	sent    sync.Cond // something was sent, or the connection is closed
+	pending []byte    // accepted, but not sent
+	spare   []byte    // the buffer that was sent last
+	closed  bool
+}
+
+// Write accepts a request. It waits only while maxPending bytes are not sent.
+func (c *conn) Write(request []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.pending) >= maxPending && !c.closed {
+		c.sent.Wait()
+	}
+	if c.closed {
+		return 0, net.ErrClosed
+	}
+	c.pending = append(c.pending, request...)
 	select {
-	case <-done:
-	case <-time.After(tryTimeout):
-		slog.Warn("a session did not close in time")
+	case c.wake <- struct{}{}:
+	default: // awake already
+	}
+	return len(request), nil
+}
+
+// send sends what Write accepts until the connection is closed. If that fails, it
+// closes the connection, so the driver fails all requests that await a response.
+func (c *conn) send() {
+	for range c.wake {
+		runtime.Gosched() // lets requests that are about to be written join this one
+		c.mu.Lock()
+		requests := c.pending
+		c.pending = c.spare[:0]
+		c.mu.Unlock()
+		c.Conn.SetWriteDeadline(time.Now().Add(queryTimeout))
+		_, err := c.Conn.Write(requests)
+		c.mu.Lock()
+		c.spare = requests
+		c.sent.Broadcast()
+		c.mu.Unlock()
+		if err != nil {
+			c.Close()
+		}
 	}
 }
 
-// driverLog lets a line of the driver through now and then.
-type driverLog struct {
-	mu     sync.Mutex
-	last   time.Time
-	folded int
+// SetWriteDeadline does nothing: send sets the deadline.
+func (c *conn) SetWriteDeadline(time.Time) error { return nil }
+
+// Close closes the connection, and counts that once.
+func (c *conn) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		c.closed = true
+		close(c.wake)
+		c.sent.Broadcast()
+		c.dialer.open.Add(-1)
+	}
+	return c.Conn.Close()
 }
 
-func (l *driverLog) Print(v ...any)                 { l.log(fmt.Sprint(v...)) }
-func (l *driverLog) Printf(format string, v ...any) { l.log(fmt.Sprintf(format, v...)) }
-func (l *driverLog) Println(v ...any)               { l.log(fmt.Sprintln(v...)) }
+// queryError is a failed query. Every store function returns its failures as one.
+type queryError struct {
+	doing string // "inserting user 1b4e…"
+	kind  queryKind
+	err   error
+}
 
-func (l *driverLog) log(line string) {
+func (e *queryError) Error() string { return e.doing + ": " + e.err.Error() }
+func (e *queryError) Unwrap() error { return e.err }
+
+// queryErrorf describes a failed query. It returns nil if err is nil.
+func queryErrorf(kind queryKind, err error, doing string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return &queryError{doing: fmt.Sprintf(doing, args...), kind: kind, err: err}
+}
+
+// queryKind decides what a failure guarantees.
+type queryKind int
+
+const (
+	read        queryKind = iota
+	insert                // a plain INSERT
+	batchInsert           // a logged batch
+	edit                  // a lightweight transaction
+)
+
+// outcome is what the failure of a query means.
+type outcome int
+
+const (
+	bug        outcome = iota // neither a retry nor a recovered Cassandra would fix it
+	late                      // a read that took too long
+	notWritten                // Cassandra was not reached, or it refused the query before it wrote anything
+	inDoubt                   // the write may or may not have been applied, now or later
+)
+
+// outcomeOf classifies an error. Anything that is neither a response of Cassandra,
+// nor a wrong value, nor the end of a context, is a failed connection.
+func outcomeOf(err error) outcome {
+	query, ok := errors.AsType[*queryError](err)
+	if !ok {
+		return bug
+	}
+	_, cannotMarshal := errors.AsType[gocql.MarshalError](err)
+	_, cannotUnmarshal := errors.AsType[gocql.UnmarshalError](err)
+	code := codeOf(err)
+	switch {
+	case cannotMarshal, cannotUnmarshal, slices.Contains(bugCodes, code):
+		return bug
+	case isUnreachable(err), wasRefused(query, code):
+		return notWritten
+	case query.kind != read:
+		return inDoubt
+	case code == gocql.ErrCodeReadTimeout, errors.Is(err, context.DeadlineExceeded), errors.Is(err, gocql.ErrTimeoutNoResponse):
+		return late
+	}
+	return notWritten
+}
+
+var bugCodes = []int{
+	gocql.ErrCodeSyntax, gocql.ErrCodeInvalid, gocql.ErrCodeConfig, gocql.ErrCodeUnauthorized, gocql.ErrCodeProtocol,
+	gocql.ErrCodeAlreadyExists,
+}
+
+// wasRefused reports whether Cassandra refused a query before it wrote anything.
+// Overloaded can also come after a batch was logged or a transaction proposed
+// (mutateAtomically and commitPaxos in Cassandra's StorageProxy). Unavailable can
+// come after a transaction's proposal, but then it names no serial consistency.
+func wasRefused(query *queryError, code int) bool {
+	if unavailable, ok := errors.AsType[*gocql.RequestErrUnavailable](query.err); ok {
+		level := gocql.SerialConsistency(unavailable.Consistency)
+		return query.kind != edit || level == gocql.LocalSerial || level == gocql.Serial
+	}
+	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
+	return isOverloaded && (query.kind == read || query.kind == insert)
+}
+
+// isUnreachable reports whether a query was never sent.
+func isUnreachable(err error) bool {
+	return slices.ContainsFunc([]error{gocql.ErrNoConnections, gocql.ErrSessionClosed, gocql.ErrNoStreams},
+		func(unsent error) bool { return errors.Is(err, unsent) })
+}
+
+// codeOf returns the code of Cassandra's error response, or 0 if there is none.
+func codeOf(err error) int {
+	var response gocql.RequestError
+	if errors.As(err, &response) {
+		return response.Code()
+	}
+	return 0
+}
+
+// inDoubtDetail says how to find out whether a write was applied.
+func inDoubtDetail(err error) string {
+	query, _ := errors.AsType[*queryError](err)
+	switch query.kind {
+	case insert:
+		return "timeout: the user may or may not have been created; GET its Location, and retry only with an Idempotency-Key"
+	case batchInsert:
+		return "timeout: the users may or may not have been created; retry only with an Idempotency-Key"
+	}
+	return "timeout: the change may or may not have been applied; GET the user with Cache-Control: no-cache to find out"
+}
+
+// logLimiter passes one line per logInterval to the log and counts the others.
+// It implements gocql.StdLogger.
+type logLimiter struct {
+	mu         sync.Mutex
+	last       time.Time
+	suppressed int
+}
+
+// Print logs a line of the driver, unless the log has already said that there is
+// no connection.
+func (l *logLimiter) Print(v ...any) {
+	if counters.connected.Load() {
+		l.warn("driver: " + strings.TrimSpace(fmt.Sprint(v...)))
+	}
+}
+func (l *logLimiter) Printf(format string, v ...any) { l.Print(fmt.Sprintf(format, v...)) }
+func (l *logLimiter) Println(v ...any)               { l.Print(fmt.Sprintln(v...)) }
+
+func (l *logLimiter) warn(message string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if time.Since(l.last) < logInterval {
-		l.folded++
+	if !l.last.IsZero() && time.Since(l.last) < logInterval {
+		l.suppressed++
 		return
 	}
-	slog.Warn("driver: "+strings.TrimSpace(line), "lines_left_out", l.folded)
-	l.last, l.folded = time.Now(), 0
+	slog.Warn(message, append(args, "suppressed", l.suppressed)...)
+	l.last, l.suppressed = time.Now(), 0
 }
+
+// loadCluster reads the settings of the connection.
+func loadCluster(env *environment) cluster {
+	const (
+		hostsRule       = "host names or addresses without ports, separated by commas"
+		keyspaceRule    = "1 to 48 letters, digits or underscores, and not one of Cassandra's own"
+		datacenterRule  = "the name of a data centre: letters, digits, points, dashes or underscores"
+		replicationRule = "a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3"
+	)
+	c := cluster{
+		hosts:       setting(env, "CASSANDRA_HOSTS", "localhost", hostsRule, parseHosts),
+		port:        setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumber(1, 65535)),
+		keyspace:    setting(env, "CASSANDRA_KEYSPACE", "test_keyspace", keyspaceRule, parseKeyspace),
+		datacenter:  setting(env, "CASSANDRA_DATACENTER", "", datacenterRule, matching(`^[\w.-]*$`)),
+		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", "LOCAL_QUORUM, QUORUM or ALL", parseConsistency),
+		replication: setting(env, "CASSANDRA_REPLICATION", "1", replicationRule, parseReplication),
+		username:    env.getenv("CASSANDRA_USERNAME"),
+		password:    env.getenv("CASSANDRA_PASSWORD"),
+		tlsCA:       setting(env, "CASSANDRA_TLS_CA", "", "a readable file of PEM certificates", parseCertificates),
+	}
+	if (c.username == "") != (c.password == "") {
+		env.reject("CASSANDRA_USERNAME and CASSANDRA_PASSWORD must be set together")
+	}
+	return c
+}
+
+var (
+	namePattern     = regexp.MustCompile(`^[\w.-]+$`)
+	keyspacePattern = regexp.MustCompile(`^\w{1,48}$`)
+	replicaPattern  = regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`)
+)
 
 func parseHosts(text string) ([]string, bool) {
 	hosts := strings.Split(text, ",")
 	for i, host := range hosts {
 		hosts[i] = strings.TrimSpace(host)
-		if !regexp.MustCompile(`^[\w.:-]+$`).MatchString(hosts[i]) {
+		if !namePattern.MatchString(hosts[i]) && net.ParseIP(hosts[i]) == nil {
 			return nil, false
 		}
 	}
 	return hosts, true
 }
 
-// parseKeyspace takes what is safe within CQL and not Cassandra's own, which all
-// begin with "system".
+// parseKeyspace accepts names that are safe to quote and not reserved:
+// Cassandra's own all begin with "system", in any case.
 func parseKeyspace(text string) (string, bool) {
-	return text, regexp.MustCompile(`^\w{1,48}$`).MatchString(text) && !strings.HasPrefix(text, "system")
+	return text, keyspacePattern.MatchString(text) && !strings.HasPrefix(strings.ToLower(text), "system")
 }
 
+// parseConsistency accepts the levels with which a read sees every earlier write.
 func parseConsistency(text string) (gocql.Consistency, bool) {
-	consistency, err := gocql.ParseConsistencyWrapper(text)
-	return consistency, err == nil && consistency != gocql.Any // ANY is for writes only
+	levels := map[string]gocql.Consistency{"LOCAL_QUORUM": gocql.LocalQuorum, "QUORUM": gocql.Quorum, "ALL": gocql.All}
+	level, ok := levels[text]
+	return level, ok
 }
 
-// parseReplication turns "1" or "dc1:3,dc2:3" into the map that CQL wants.
+// parseReplication turns "1" or "dc1:3,dc2:3" into a CQL map.
 func parseReplication(text string) (string, bool) {
-	options := []string{"'class': 'NetworkTopologyStrategy'"}
-	if isDigits(text) {
-		text = "replication_factor:" + text // in every data centre there is
+	if !strings.Contains(text, ":") {
+		text = "replication_factor:" + text // in every data centre
 	}
+	replicas := []string{"'class': 'NetworkTopologyStrategy'"}
 	seen := map[string]bool{}
 	for option := range strings.SplitSeq(text, ",") {
 		name, factor, _ := strings.Cut(option, ":")
-		if seen[name] || !regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`).MatchString(option) {
+		if seen[name] || !replicaPattern.MatchString(option) {
 			return "", false
 		}
 		seen[name] = true
-		options = append(options, fmt.Sprintf("'%s': %s", name, factor))
+		replicas = append(replicas, fmt.Sprintf("'%s': %s", name, factor))
 	}
-	return "{" + strings.Join(options, ", ") + "}", true
+	return "{" + strings.Join(replicas, ", ") + "}", true
 }
 
 func parseCertificates(file string) (string, bool) {
@@ -405,51 +686,31 @@ func parseCertificates(file string) (string, bool) {
 	return file, err == nil && x509.NewCertPool().AppendCertsFromPEM(pem)
 }
 
-// root is the answer of GET /.
-type root struct {
-	Message   string   `json:"message"`
-	Version   string   `json:"version"`
-	Endpoints []string `json:"endpoints"`
-}
-
-// getRoot answers GET /, the liveness probe: it never touches Cassandra.
-func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
-	return writeJSON(w, http.StatusOK, root{"cassandra-service-go is running!", version, rt.endpoints})
-}
-
-// health is the answer of GET /health.
-type health struct {
-	Status             string    `json:"status"`
-	Cassandra          string    `json:"cassandra"`
-	CassandraConnected bool      `json:"cassandra_connected"`
-	Keyspace           string    `json:"keyspace"`
-	LatencyMS          float64   `json:"latency_ms"`
-	Timestamp          timestamp `json:"timestamp"`
-}
-
-// getHealth answers GET /health, the readiness probe, by one real read of the
-// users table: what it reports is what the next request will meet.
+// getHealth handles GET /health, the readiness probe. It reads the users table,
+// so it reports what the next request will meet.
 func getHealth(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), healthTimeout)
 	defer cancel()
-	start := time.Now()
-	_, err := readUser(ctx, uuid.Nil)
-	if p, ok := errors.AsType[*problem](err); ok && p.Status == http.StatusNotFound {
-		err = nil // nobody has the nil UUID, and Cassandra said so
+	start, err := time.Now(), errNotConnected
+	if currentSession() != nil {
+		_, err = readUser(ctx, uuid.Nil, false)
 	}
-	h := health{Status: "healthy", Cassandra: "connected", CassandraConnected: err == nil, Keyspace: global.cluster.keyspace, LatencyMS: milliseconds(time.Since(start)), Timestamp: now()}
-	status := http.StatusOK
-	if isBug(err) { // a table without one of the columns, say: that is no outage
-		slog.Error("the health check cannot read the users table", "error", err)
+	status, health, cassandra := http.StatusOK, "healthy", "connected"
+	if !errors.Is(err, errNoUser) { // nobody has the nil UUID
+		status, health, cassandra = http.StatusServiceUnavailable, "unhealthy", "disconnected"
+		if outcomeOf(err) == bug {
+			global.log.warn("the health check cannot read the users table", "error", err)
+		}
 	}
-	if err != nil {
-		status, h.Status, h.Cassandra = http.StatusServiceUnavailable, "unhealthy", "disconnected"
-	}
-	if life.draining.Load() {
-		status, h.Status = http.StatusServiceUnavailable, "draining"
+	if shutdown.draining.Load() {
+		status, health = http.StatusServiceUnavailable, "draining"
 	}
 	if status != http.StatusOK {
 		w.Header().Set("Retry-After", "1")
 	}
-	return writeJSON(w, status, h)
+	return writeJSON(w, status, map[string]any{
+		"status": health, "cassandra": cassandra, "cassandra_connected": cassandra == "connected",
+		"keyspace": global.cluster.keyspace, "latency_ms": milliseconds(time.Since(start)),
+		"timestamp": start.UTC().Format("2006-01-02T15:04:05.000Z"),
+	})
 }

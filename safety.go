@@ -1,8 +1,7 @@
-// This file lets the service test itself: that a failed query, a broken or
-// cancelled stream or a nested session never harms the one session that serves
-// everybody, and that slow requests end at their deadline. Each self-test does
-// what it says against Cassandra, in a scratch table of its own, and answers
-// what it observed; each verdict is a pure function of observations.
+// This file is what the service does to itself: it proves that a failed query, a
+// broken or cancelled stream or a nested session never harms the one global
+// session, that slow requests end at their deadline, and how concurrent reads
+// compare with sequential ones. The self-tests use a scratch table.
 
 package main
 
@@ -10,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"slices"
 	"sync"
@@ -21,181 +21,199 @@ import (
 )
 
 const (
-	maxHeavy     = 4               // self-tests and performance runs at work at once
-	closeTimeout = 5 * time.Second // for the connections of a closed session to be gone
+	maxSelfTests    = 4               // concurrent self-tests and performance runs
+	disconnectTime  = 5 * time.Second // for the connections of a closed session to close
+	scratchPage     = 5               // rows
+	defaultRequests = 100             // reads in a performance run
+	maxRequests     = 1000
 )
 
 const (
-	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch (run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
-	insertScratch      = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
-	selectScratch      = `SELECT name, age FROM scratch WHERE run = ?`
-	selectOfAge        = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
-	selectNowhere      = `SELECT name, age FROM non_existent_table_xyz`
-	selectClusterName  = `SELECT cluster_name FROM system.local WHERE key = 'local'`
+	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch
+		(run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
+	selectIDs         = `SELECT id FROM users`
+	insertScratch     = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
+	selectScratch     = `SELECT name, age FROM scratch WHERE run = ?`
+	selectOfAge       = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
+	selectMissing     = `SELECT name, age FROM non_existent_table_xyz`
+	selectVersion     = `SELECT release_version FROM system.local WHERE key = 'local'`
+	selectClusterName = `SELECT cluster_name FROM system.local WHERE key = 'local'`
 )
 
-// takingTurns lets n requests of the handlers that it wraps work at once; the
-// others wait within their deadline.
-func takingTurns(n int) func(handler) handler {
-	turns := make(chan struct{}, n)
-	return func(h handler) handler {
-		return func(w http.ResponseWriter, r *http.Request) error {
-			select {
-			case turns <- struct{}{}:
-				defer func() { <-turns }()
-				return h(w, r)
-			case <-r.Context().Done():
-				return fmt.Errorf("waiting for a turn: %w", r.Context().Err())
+var selfTests = make(gate, maxSelfTests)
+
+// performance is the response of GET /performance/async and /performance/sync.
+type performance struct {
+	Mode               string  `json:"mode"`
+	Requests           int     `json:"requests"`
+	SuccessfulRequests int     `json:"successful_requests"`
+	FailedRequests     int     `json:"failed_requests"`
+	TotalTime          float64 `json:"total_time"` // seconds
+	RequestsPerSecond  float64 `json:"requests_per_second"`
+	AvgTimePerRequest  float64 `json:"avg_time_per_request"` // total time divided by requests
+	percentiles
+}
+
+// measure handles GET /performance/{mode}: it reads single users, concurrently
+// or one at a time.
+func measure(mode string) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		params := newParameters(r)
+		n := params.number("requests", defaultRequests, 1, maxRequests)
+		if err := params.err(); err != nil {
+			return err
+		}
+		ctx := r.Context()
+		ids, err := someIDs(ctx)
+		if err != nil {
+			return err
+		}
+		times := make([]time.Duration, n)
+		var failed atomic.Int64
+		var reads sync.WaitGroup
+		start := time.Now()
+		for i := range times {
+			reads.Go(func() {
+				began := time.Now()
+				_, err := readUser(ctx, ids[rand.IntN(len(ids))], false)
+				times[i] = time.Since(began)
+				if err != nil && !errors.Is(err, errNoUser) {
+					failed.Add(1)
+				}
+			})
+			if mode == "sync" {
+				reads.Wait()
 			}
 		}
+		reads.Wait()
+		if ctx.Err() != nil {
+			return fmt.Errorf("measuring: %w", ctx.Err())
+		}
+		return writeJSON(w, http.StatusOK, summarize(mode, time.Since(start), times, int(failed.Load())))
 	}
 }
 
-// slowQuery answers GET /slow_query and /long_running_query after d and one real
-// query, unless the deadline passes or the client leaves first.
+// someIDs returns the ids of the first users of the table, or a random one if it
+// is empty.
+func someIDs(ctx context.Context) (ids []uuid.UUID, err error) {
+	var id gocql.UUID
+	rows := currentSession().Query(selectIDs).WithContext(ctx).PageSize(maxRequests).PageState(nil).Iter()
+	for rows.Scan(&id) {
+		ids = append(ids, uuid.UUID(id))
+	}
+	if ids == nil {
+		ids = append(ids, uuid.New())
+	}
+	return ids, queryErrorf(read, rows.Close(), "reading ids")
+}
+
+func summarize(mode string, total time.Duration, times []time.Duration, failed int) performance {
+	slices.Sort(times)
+	n := len(times)
+	percentile := func(percent int) float64 { return milliseconds(times[(n*percent+99)/100-1]) }
+	return performance{
+		Mode:               mode,
+		Requests:           n,
+		SuccessfulRequests: n - failed,
+		FailedRequests:     failed,
+		TotalTime:          total.Seconds(),
+		RequestsPerSecond:  float64(n) / total.Seconds(),
+		AvgTimePerRequest:  total.Seconds() / float64(n),
+		percentiles:        percentiles{percentile(50), percentile(95), percentile(99)},
+	}
+}
+
+// slowQuery handles GET /slow_query and /long_running_query: it waits, then runs
+// a real query, unless the deadline passes or the client leaves first.
 func slowQuery(d time.Duration, message string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		start := time.Now()
-		pause(r.Context(), d)
+		sleep(r.Context(), d)
 		if err := r.Context().Err(); err != nil {
-			return fmt.Errorf("taking %s: %w", d, err)
+			return fmt.Errorf("waiting %s: %w", d, err)
 		}
-		if _, err := readOne(r.Context(), selectVersion); err != nil {
+		if _, err := readValue(r.Context(), selectVersion); err != nil {
 			return err
 		}
-		return writeJSON(w, http.StatusOK, struct {
-			Message  string  `json:"message"`
-			Duration float64 `json:"duration"` // seconds
-		}{message, time.Since(start).Seconds()})
+		return writeJSON(w, http.StatusOK, map[string]any{"message": message, "duration": time.Since(start).Seconds()})
 	}
 }
 
-// readOne reads the one text value of a statement without parameters.
-func readOne(ctx context.Context, statement string) (value string, err error) {
-	db, err := currentSession()
-	if err != nil {
-		return "", err
-	}
-	err = db.Query(statement).WithContext(ctx).Scan(&value)
-	return value, failed(read, err, "running %s", statement)
+// readValue returns the one text value that a statement selects.
+func readValue(ctx context.Context, statement string) (value string, err error) {
+	err = currentSession().Query(statement).WithContext(ctx).Consistency(gocql.One).Scan(&value)
+	return value, queryErrorf(read, err, "running %s", statement)
 }
 
-// sessionState is what a self-test sees of the global session, before and after.
+// sessionState is what a self-test observes of the global session.
 type sessionState struct {
 	number int64
 	open   bool
 }
 
 func observeSession() sessionState {
-	s, err := currentSession()
-	if err != nil {
+	s := global.session.Load()
+	if s == nil {
 		return sessionState{}
 	}
 	return sessionState{number: s.number, open: !s.Closed()}
 }
 
-// sameAs is the verdict session_unchanged: still the one there was, and open.
-func (after sessionState) sameAs(before sessionState) bool {
+// unchangedSince reports whether it is still the same open session.
+func (after sessionState) unchangedSince(before sessionState) bool {
 	return after.open && before.open && after.number == before.number
 }
 
-// report answers with what a self-test observed, unless its time was up or one
-// of errs says that Cassandra was not there: that tells nothing of the session,
-// while finding it closed does.
-func report(w http.ResponseWriter, r *http.Request, observed any, errs ...error) error {
-	for _, err := range append(errs, r.Context().Err()) {
-		if err != nil && !errors.Is(err, gocql.ErrSessionClosed) {
-			return fmt.Errorf("testing: %w", err)
-		}
-	}
-	return writeJSON(w, http.StatusOK, observed)
-}
+// isRefusal reports whether Cassandra responded and refused the statement.
+func isRefusal(err error) bool { return codeOf(err) == gocql.ErrCodeInvalid }
 
-// queryErrorReport is the answer of testQueryError.
-type queryErrorReport struct {
-	Test              string `json:"test"`
-	ErrorCaught       string `json:"error_caught"`
-	SessionUnchanged  bool   `json:"session_unchanged"`
-	SessionOpen       bool   `json:"session_open"`
-	SessionStillWorks bool   `json:"session_still_works"`
-	CassandraVersion  string `json:"cassandra_version"`
-}
+var errNoRefusal = errors.New("the table non_existent_table_xyz exists")
 
-// testQueryError answers POST /context_manager_safety/query_error: a query on a
+// testQueryError handles POST /context_manager_safety/query_error: a query on a
 // table that does not exist, then a valid one.
 func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	before := observeSession()
-	_, caught := readOne(r.Context(), selectNowhere)
+	_, caught := readValue(r.Context(), selectMissing)
 	if !isRefusal(caught) {
-		return unexpected(caught)
+		return errors.Join(caught, errNoRefusal)
 	}
-	release, err := readOne(r.Context(), selectVersion)
+	release, err := readValue(r.Context(), selectVersion)
+	if err != nil {
+		return err
+	}
 	after := observeSession()
-	return report(w, r, queryErrorReport{
-		Test:              "query_error",
-		ErrorCaught:       caught.Error(),
-		SessionUnchanged:  after.sameAs(before),
-		SessionOpen:       after.open,
-		SessionStillWorks: err == nil,
-		CassandraVersion:  release,
-	}, err)
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "query_error", "error_caught": caught.Error(), "cassandra_version": release, "session_still_works": release != "",
+		"session_unchanged": after.unchangedSince(before), "session_open": after.open,
+	})
 }
 
-// isRefusal reports that Cassandra was there and refused the statement.
-func isRefusal(err error) bool {
-	var refused gocql.RequestError
-	return errors.As(err, &refused) && refused.Code() == gocql.ErrCodeInvalid
-}
-
-// unexpected is the error of a self-test that could not break what it meant to.
-func unexpected(err error) error {
-	if err == nil {
-		return errors.New("the table non_existent_table_xyz exists")
-	}
-	return err
-}
-
-// streamingErrorReport is the answer of testStreamingError.
-type streamingErrorReport struct {
-	Test                 string `json:"test"`
-	StreamingErrorCaught bool   `json:"streaming_error_caught"`
-	ErrorMessage         string `json:"error_message"`
-	SessionUnchanged     bool   `json:"session_unchanged"`
-	SessionOpen          bool   `json:"session_open"`
-	SessionStillStreams  bool   `json:"session_still_streams"`
-	StreamCompleted      bool   `json:"stream_completed"`
-	RowsAfterError       int    `json:"rows_after_error"`
-}
-
-// testStreamingError answers POST /context_manager_safety/streaming_error: a
+// testStreamingError handles POST /context_manager_safety/streaming_error: a
 // stream over a table that does not exist, then a real one of 20 rows.
 func testStreamingError(w http.ResponseWriter, r *http.Request) error {
-	ctx := r.Context()
-	before := observeSession()
+	ctx, before := r.Context(), observeSession()
 	t, err := newScratch(ctx, slices.Repeat([]int{20}, 20))
 	if err != nil {
 		return err
 	}
-	_, caught := t.stream(ctx, t.pages(selectNowhere), nil)
+	_, caught := t.stream(ctx, nil, selectMissing)
 	if !isRefusal(caught) {
-		return unexpected(caught)
+		return errors.Join(caught, errNoRefusal)
 	}
-	rows, err := t.stream(ctx, t.pages(selectScratch, t.run), nil)
+	rows, err := t.stream(ctx, nil, selectScratch, t.run)
+	if err != nil {
+		return err
+	}
 	after := observeSession()
-	return report(w, r, streamingErrorReport{
-		Test:                 "streaming_error",
-		StreamingErrorCaught: caught != nil,
-		ErrorMessage:         caught.Error(),
-		SessionUnchanged:     after.sameAs(before),
-		SessionOpen:          after.open,
-		SessionStillStreams:  len(rows) > 0,
-		StreamCompleted:      err == nil && len(rows) == 20,
-		RowsAfterError:       len(rows),
-	}, err)
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "streaming_error", "streaming_error_caught": caught != nil, "error_message": caught.Error(),
+		"session_unchanged": after.unchangedSince(before), "session_open": after.open, "session_still_streams": len(rows) > 0,
+		"stream_completed": len(rows) == 20, "rows_after_error": len(rows),
+	})
 }
 
-// observedStream is one of the three streams of testConcurrentStreams.
-type observedStream struct {
+// ageStream is one of the three streams of testConcurrentStreams.
+type ageStream struct {
 	Age       int          `json:"age"`
 	Count     int          `json:"count"`
 	Users     []scratchRow `json:"users"`
@@ -203,206 +221,147 @@ type observedStream struct {
 	ended     time.Time
 }
 
-// concurrentReport is the answer of testConcurrentStreams.
-type concurrentReport struct {
-	Test                  string           `json:"test"`
-	StreamsCompleted      int              `json:"streams_completed"`
-	AllStreamsIndependent bool             `json:"all_streams_independent"`
-	Results               []observedStream `json:"results"`
-	SessionStillOpen      bool             `json:"session_still_open"`
-}
-
-// testConcurrentStreams answers POST /context_manager_safety/concurrent_streams:
-// three streams at once, one for each age, over the same 30 rows. Each waits
-// after its first page until all have theirs.
+// testConcurrentStreams handles POST /context_manager_safety/concurrent_streams:
+// three concurrent streams, one per age, over the same 30 rows. Each waits after
+// its first page until all have theirs.
 func testConcurrentStreams(w http.ResponseWriter, r *http.Request) error {
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
 	ages := []int{20, 30, 40}
-	t, err := newScratch(ctx, slices.Repeat(ages, 10))
+	t, err := newScratch(r.Context(), slices.Repeat(ages, 10))
 	if err != nil {
 		return err
 	}
-	streams, errs := make([]observedStream, len(ages)), make([]error, len(ages))
+	streams, errs := make([]ageStream, len(ages)), make([]error, len(ages))
 	var arrived, running sync.WaitGroup
 	arrived.Add(len(ages))
 	for i, age := range ages {
 		running.Go(func() {
-			meet := sync.OnceFunc(arrived.Done)
-			defer meet() // a stream that fails early must not keep the others waiting
-			streams[i].Age = age
-			streams[i].Users, errs[i] = t.stream(ctx, t.pages(selectOfAge, t.run, age), sync.OnceFunc(func() {
-				streams[i].firstPage = time.Now()
-				meet()
+			arrive := sync.OnceFunc(arrived.Done)
+			defer arrive() // a stream that fails early must not block the others
+			s := &streams[i]
+			s.Age = age
+			s.Users, errs[i] = t.stream(r.Context(), sync.OnceFunc(func() {
+				s.firstPage = time.Now()
+				arrive()
 				arrived.Wait()
-			}))
-			streams[i].Count, streams[i].ended = len(streams[i].Users), time.Now()
+			}), selectOfAge, t.run, age)
+			s.Count, s.ended = len(s.Users), time.Now()
 		})
 	}
 	running.Wait()
-	return report(w, r, concurrentReport{
-		Test:                  "concurrent_streams",
-		StreamsCompleted:      completed(errs),
-		AllStreamsIndependent: areIndependent(streams),
-		Results:               streams,
-		SessionStillOpen:      observeSession().open,
-	}, errs...)
-}
-
-// completed counts the streams that ended without an error.
-func completed(errs []error) (n int) {
-	for _, err := range errs {
-		if err == nil {
-			n++
-		}
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
-	return n
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "concurrent_streams", "streams_completed": len(streams), "all_streams_independent": areIndependent(streams),
+		"results": streams, "session_still_open": observeSession().open,
+	})
 }
 
-// areIndependent is the verdict all_streams_independent: every stream had begun
-// before the first one ended, and each saw its own ten rows and no other.
-func areIndependent(streams []observedStream) bool {
+// areIndependent reports whether every stream had its first page before the
+// first one ended, and whether each saw its own ten rows and no others.
+func areIndependent(streams []ageStream) bool {
 	for _, s := range streams {
 		if len(s.Users) != 10 || slices.ContainsFunc(s.Users, func(row scratchRow) bool { return row.Age != s.Age }) {
 			return false
 		}
-		if slices.ContainsFunc(streams, func(other observedStream) bool { return !s.firstPage.Before(other.ended) }) {
+		if slices.ContainsFunc(streams, func(other ageStream) bool { return !s.firstPage.Before(other.ended) }) {
 			return false
 		}
 	}
 	return true
 }
 
-// nestedReport is the answer of testNestedContexts.
-type nestedReport struct {
-	Test                  string   `json:"test"`
-	Events                []string `json:"events"`
-	CorrectOrder          bool     `json:"correct_order"`
-	RowCount              int      `json:"row_count"`
-	MainSessionUnaffected bool     `json:"main_session_unaffected"`
-}
-
-// nestedOrder is how the events of testNestedContexts follow one another where
-// nothing that is closed takes with it what it was opened in.
+// nestedOrder is the order of events if closing an inner resource leaves the
+// outer ones open.
 var nestedOrder = []string{
 	"cluster_opened", "session_opened", "stream_opened", "stream_closed", "session_works_after_stream:5", "session_closing",
 	"session_closed", "cluster_works_after_session:True", "cluster_closing", "cluster_closed",
 }
 
-// areInOrder is the verdict correct_order.
-func areInOrder(events []string) bool { return slices.Equal(events, nestedOrder) }
-
-// testNestedContexts answers POST /context_manager_safety/nested_contexts: a
-// cluster, a session in it, a stream in that, closed innermost first. A cluster
-// is a driver configuration whose dialer counts its connections.
+// testNestedContexts handles POST /context_manager_safety/nested_contexts: a
+// cluster, a session in it and a stream in that, closed innermost first. The
+// cluster is a driver configuration whose dialer counts its connections.
 func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
-	ctx := r.Context()
-	before := observeSession()
+	ctx, before := r.Context(), observeSession()
 	t, err := newScratch(ctx, slices.Repeat([]int{20}, 5))
 	if err != nil {
 		return err
 	}
-	n := nested{scratch: t}
-	if err := n.openCluster(ctx); err != nil {
+	var dialer countingDialer
+	if err := probeNested(ctx, &dialer); err != nil {
 		return err
 	}
-	_, err = readOne(ctx, selectVersion)
-	return report(w, r, nestedReport{
-		Test:                  "nested_contexts",
-		Events:                n.events,
-		CorrectOrder:          areInOrder(n.events),
-		RowCount:              n.rows,
-		MainSessionUnaffected: observeSession().sameAs(before) && err == nil,
-	}, err)
-}
-
-// nested is the state of testNestedContexts: what happened so far.
-type nested struct {
-	*scratch
-	dialer countingDialer
-	events []string
-	rows   int
-}
-
-func (n *nested) happened(event string, args ...any) {
-	n.events = append(n.events, fmt.Sprintf(event, args...))
-}
-
-// openCluster opens the outermost context, and in it the others.
-func (n *nested) openCluster(ctx context.Context) error {
-	probe := func() error { return n.inSession(ctx, func(*gocql.Session) error { return nil }) }
-	if err := probe(); err != nil {
-		return err
-	}
-	n.happened("cluster_opened")
-	if err := n.inSession(ctx, func(s *gocql.Session) error { return n.openSession(ctx, s) }); err != nil {
-		return err
-	}
-	if err := probe(); err != nil {
-		return err
-	}
-	n.happened("cluster_works_after_session:True")
-	n.happened("cluster_closing")
-	if waitUntil(func() bool { return n.dialer.open.Load() == 0 }, closeTimeout) {
-		n.happened("cluster_closed")
-	}
-	return nil
-}
-
-// inSession runs do with a session of the cluster that has answered a query.
-func (n *nested) inSession(ctx context.Context, do func(*gocql.Session) error) error {
-	cfg := global.cluster.config(&n.dialer)
-	cfg.Keyspace = global.cluster.keyspace
-	s, err := createSession(ctx, cfg)
-	if err != nil {
-		return failed(read, err, "opening a nested session")
-	}
-	defer closeSession(s)
-	if err := s.Query(selectVersion).WithContext(ctx).Exec(); err != nil {
-		return failed(read, err, "asking a nested session")
-	}
-	return do(s)
-}
-
-func (n *nested) openSession(ctx context.Context, s *gocql.Session) error {
-	n.happened("session_opened")
-	inner := &scratch{db: s, run: n.run}
-	rows, err := inner.stream(ctx, inner.pages(selectScratch, n.run), sync.OnceFunc(func() { n.happened("stream_opened") }))
+	events := []string{"cluster_opened"}
+	rows, err := t.useNestedSession(ctx, &dialer, &events)
 	if err != nil {
 		return err
 	}
-	n.rows = len(rows)
-	if inner.allEnded() {
-		n.happened("stream_closed")
-	}
-	again, err := inner.stream(ctx, inner.pages(selectScratch, n.run), nil)
-	if err != nil {
+	if err := probeNested(ctx, &dialer); err != nil {
 		return err
 	}
-	n.happened("session_works_after_stream:%d", len(again))
-	n.happened("session_closing")
-	closeSession(s)
-	if s.Closed() {
-		n.happened("session_closed")
+	events = append(events, "cluster_works_after_session:True", "cluster_closing")
+	if waitUntil(func() bool { return dialer.open.Load() == 0 }, disconnectTime) {
+		events = append(events, "cluster_closed")
 	}
-	return nil
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "nested_contexts", "events": events, "correct_order": slices.Equal(events, nestedOrder), "row_count": rows,
+		"main_session_unaffected": observeSession().unchangedSince(before),
+	})
 }
 
-// cancellationReport is the answer of testCancellation.
-type cancellationReport struct {
-	Test                      string `json:"test"`
-	RowsProcessedBeforeCancel int    `json:"rows_processed_before_cancel"`
-	WasCancelled              bool   `json:"was_cancelled"`
-	ErrorType                 string `json:"error_type"`
-	CleanedUp                 bool   `json:"cleaned_up"`
-	SessionStillWorks         bool   `json:"session_still_works"`
-	SessionOpen               bool   `json:"session_open"`
-	NewStreamWorked           bool   `json:"new_stream_worked"`
-	TotalRows                 int    `json:"total_rows"`
+// useNestedSession opens a session, streams in it twice and closes it.
+func (t *scratch) useNestedSession(ctx context.Context, dialer *countingDialer, events *[]string) (rows int, err error) {
+	happened := func(event string) { *events = append(*events, event) }
+	session, err := openNested(ctx, dialer)
+	if err != nil {
+		return 0, err
+	}
+	defer session.Close()
+	happened("session_opened")
+	inner := &scratch{db: session, run: t.run}
+	first, err := inner.stream(ctx, sync.OnceFunc(func() { happened("stream_opened") }), selectScratch, t.run)
+	if err != nil {
+		return 0, err
+	}
+	if inner.open.Load() == 0 {
+		happened("stream_closed")
+	}
+	again, err := inner.stream(ctx, nil, selectScratch, t.run)
+	if err != nil {
+		return 0, err
+	}
+	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)))
+	happened("session_closing")
+	closeSession(session, closeTimeout)
+	if session.Closed() {
+		happened("session_closed")
+	}
+	return len(first), nil
 }
 
-// testCancellation answers POST /context_manager_safety/cancellation: a stream
-// of 50 rows whose context ends after its first page, then a new one.
+// openNested returns a session of its own that has responded to a query.
+func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, error) {
+	s, err := createSession(ctx, global.cluster.config(dialer))
+	if err == nil {
+		err = s.Query(selectVersion).WithContext(ctx).Consistency(gocql.One).Exec()
+	}
+	if err != nil && s != nil {
+		closeSession(s, closeTimeout)
+	}
+	return s, queryErrorf(read, err, "opening a nested session")
+}
+
+// probeNested opens a nested session and closes it.
+func probeNested(ctx context.Context, dialer *countingDialer) error {
+	s, err := openNested(ctx, dialer)
+	if err == nil {
+		closeSession(s, closeTimeout)
+	}
+	return err
+}
+
+// testCancellation handles POST /context_manager_safety/cancellation: a stream of
+// 50 rows that is cancelled after its first page, then a new one.
 func testCancellation(w http.ResponseWriter, r *http.Request) error {
 	const total = 50
 	t, err := newScratch(r.Context(), slices.Repeat([]int{20}, total))
@@ -411,125 +370,87 @@ func testCancellation(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	processed, cancelled := t.stream(ctx, t.pages(selectScratch, t.run), cancel)
-	all, err := t.stream(r.Context(), t.pages(selectScratch, t.run), nil)
-	_, queryErr := readOne(r.Context(), selectVersion)
-	return report(w, r, cancellationReport{
-		Test:                      "cancellation",
-		RowsProcessedBeforeCancel: len(processed),
-		WasCancelled:              wasCancelled(cancelled, len(processed), total),
-		ErrorType:                 rootOf(cancelled),
-		CleanedUp:                 t.allEnded(),
-		SessionStillWorks:         queryErr == nil,
-		SessionOpen:               observeSession().open,
-		NewStreamWorked:           err == nil && len(all) == total,
-		TotalRows:                 len(all),
-	}, err, queryErr)
+	processed, cancelled := t.stream(ctx, cancel, selectScratch, t.run)
+	all, err := t.stream(r.Context(), nil, selectScratch, t.run)
+	if err != nil {
+		return err
+	}
+	release, err := readValue(r.Context(), selectVersion)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"test": "cancellation", "rows_processed_before_cancel": len(processed), "total_rows": len(all),
+		"was_cancelled": wasCancelled(cancelled, len(processed), total), "error_type": rootCause(cancelled),
+		"cleaned_up": t.open.Load() == 0, "session_still_works": release != "", "session_open": observeSession().open,
+		"new_stream_worked": len(all) == total,
+	})
 }
 
-// wasCancelled is the verdict was_cancelled: the context's end, and nothing
-// else, kept the stream from the rest of its rows.
+// wasCancelled reports whether the end of the context, and nothing else, kept
+// the stream from its remaining rows.
 func wasCancelled(err error, processed, total int) bool {
 	return errors.Is(err, context.Canceled) && processed < total
 }
 
-// rootOf is the innermost error's text: "context canceled".
-func rootOf(err error) string {
-	for ; errors.Unwrap(err) != nil; err = errors.Unwrap(err) {
+// rootCause returns the text of the innermost error: "context canceled".
+func rootCause(err error) string {
+	for errors.Unwrap(err) != nil {
+		err = errors.Unwrap(err)
 	}
 	return fmt.Sprint(err)
 }
 
-// safetyStatus is the answer of GET /context_manager_safety/status.
-type safetyStatus struct {
-	SessionOpen bool   `json:"session_open"`
-	SessionID   string `json:"session_id"`
-	ClusterOpen bool   `json:"cluster_open"`
-	ClusterID   string `json:"cluster_id"`
-	Keyspace    string `json:"keyspace"`
-}
-
-// getSafetyStatus answers GET /context_manager_safety/status.
+// getSafetyStatus handles GET /context_manager_safety/status.
 func getSafetyStatus(w http.ResponseWriter, r *http.Request) error {
-	cluster, err := readOne(r.Context(), selectClusterName)
+	cluster, err := readValue(r.Context(), selectClusterName)
 	if err != nil {
 		return err
 	}
 	state := observeSession()
-	return writeJSON(w, http.StatusOK, safetyStatus{
-		SessionOpen: state.open,
-		SessionID:   fmt.Sprint(state.number),
-		ClusterOpen: connections.open.Load() > 0,
-		ClusterID:   cluster,
-		Keyspace:    global.cluster.keyspace,
+	return writeJSON(w, http.StatusOK, map[string]any{
+		"session_open": state.open, "session_id": fmt.Sprint(state.number), "keyspace": global.cluster.keyspace,
+		"cluster_open": counters.connections.open.Load() > 0, "cluster_id": cluster,
 	})
 }
 
-// scratch is the part of the scratch table that one run of a self-test has to
-// itself, and how many iterations it has open there.
+// scratch is the partition of the scratch table that belongs to one run of a
+// self-test, and the number of its open iterations.
 type scratch struct {
 	db   *gocql.Session
 	run  gocql.UUID
 	open atomic.Int64
 }
 
-// allEnded is the verdict cleaned_up.
-func (t *scratch) allEnded() bool { return t.open.Load() == 0 }
-
-// scratchRow is a row of the scratch table.
 type scratchRow struct {
 	Name string `json:"name"`
 	Age  int    `json:"age"`
 }
 
-// newScratch fills a new run with a row for each age. They go by themselves
-// after the table's time to live.
+// newScratch writes a row for each age to a new partition. The rows expire
+// through the table's TTL.
 func newScratch(ctx context.Context, ages []int) (*scratch, error) {
-	s, err := currentSession()
-	if err != nil {
-		return nil, err
-	}
-	t := &scratch{db: s.Session, run: gocql.UUID(uuid.New())}
-	batch := t.db.NewBatch(gocql.UnloggedBatch).WithContext(ctx) // one partition: atomic as it is
+	t := &scratch{db: currentSession(), run: gocql.UUID(uuid.New())}
+	batch := t.db.NewBatch(gocql.UnloggedBatch).WithContext(ctx) // atomic, since it has one partition
 	for n, age := range ages {
 		batch.Query(insertScratch, t.run, n, fmt.Sprintf("user %d", n), age)
 	}
-	err = t.db.ExecuteBatch(batch)
-	return t, failed(read, err, "filling the scratch table") // not write: rows half written harm nobody
+	err := t.db.ExecuteBatch(batch)
+	return t, queryErrorf(read, err, "writing the scratch table") // as a read: nobody misses these rows
 }
 
-// pages fetches the rows of a statement, 5 a page.
-func (t *scratch) pages(statement string, values ...any) nextPage {
-	var state []byte
-	return func(ctx context.Context) (page, error) {
-		rows := t.db.Query(statement, values...).WithContext(ctx).PageSize(5).PageState(state).Iter()
-		if rows.NumRows() == 0 {
-			if err := rows.Close(); err != nil {
-				return page{}, failed(read, err, "reading a page of the scratch table")
-			}
-		}
-		state = rows.PageState()
-		return page{rows: rows, more: len(state) > 0}, nil
-	}
-}
-
-// stream reads all pages, calling afterPage, if it is not nil, after each.
-func (t *scratch) stream(ctx context.Context, pages nextPage, afterPage func()) ([]scratchRow, error) {
-	rows := []scratchRow{}
-	for page, err := range pagesAhead(ctx, &t.open, alone(pages)) {
-		if err != nil {
-			return rows, err
-		}
-		var row scratchRow
-		for page.Scan(&row.Name, &row.Age) {
-			rows = append(rows, row)
-		}
-		if err := page.Close(); err != nil {
-			return rows, failed(read, err, "streaming the scratch table")
-		}
-		if afterPage != nil {
+// stream reads all rows of a statement page by page, and calls afterPage, if it
+// is not nil, after each page that has a successor.
+func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) (rows []scratchRow, err error) {
+	it := t.db.Query(statement, values...).WithContext(ctx).PageSize(scratchPage).Prefetch(0).Iter()
+	t.open.Add(1)
+	for row := (scratchRow{}); it.Scan(&row.Name, &row.Age); {
+		rows = append(rows, row)
+		if afterPage != nil && it.WillSwitchPage() {
 			afterPage()
 		}
 	}
-	return rows, nil
+	err = it.Close()
+	t.open.Add(-1)
+	return rows, queryErrorf(read, err, "streaming the scratch table")
 }

@@ -1,555 +1,517 @@
-// This file sends result sets of any size in bounded memory: as one JSON array
-// (or NDJSON) row by row, or page by page with a token for the next. It shows
-// token ranges read side by side, back-pressure, cancellation, and why a stream
-// that fails must abort its connection. It leans on main.go (parameters,
-// preferred, invalid, unavailable, fieldError, writeJSON, read; and for the abort
-// and the deadline of each write on route.ServeHTTP, recorder and
-// limitSendBuffer), health.go (currentSession, failed), users.go (timestamp,
-// maxAge) and three counters of metrics.go.
+// This file sends result sets of any size in bounded memory: as one JSON array,
+// as NDJSON, or page by page. It shows a scan in token order that can resume
+// behind any row, slices read concurrently and returned in order, back-pressure,
+// cancellation, and why a failed stream aborts its connection.
 
 package main
 
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"encoding/binary"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"iter"
 	"math"
+	"math/bits"
 	"net/http"
+	"net/url"
 	"strconv"
-	"sync/atomic"
+	"strings"
+	"sync"
 	"time"
-	"unicode/utf8"
 
 	"github.com/gocql/gocql"
+	"github.com/google/uuid"
 )
 
 const (
-	maxStreams   = 64       // at once; each holds up to sideBySide+1 pages
-	sideBySide   = 3        // parts of the table that one stream reads at once
-	defaultFetch = 1000     // rows in a Cassandra page, where throughput has nearly levelled off
-	maxFetch     = 5000     // rows; a page of the longest users is then some 3 MB
-	writeSize    = 32 << 10 // bytes in one write to the client
-	maxRow       = 4 << 10  // bytes of one user's JSON, more than any can have
-	ndjson       = "application/x-ndjson"
-	unlimited    = math.MaxInt
-	noAgeFilter  = -1
+	maxStreams    = 64      // streams and pages that are being sent
+	maxPages      = 4       // of one stream in memory: three are read while one is sent; more are no faster
+	defaultFetch  = 1000    // rows in a Cassandra page, where throughput has nearly levelled off
+	maxFetch      = 5000    // rows; as JSON a page of the longest users then has 4 MB
+	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
+	minCount      = 100     // rows from which the density of a table is estimated
+	sampleSize    = 1000    // rows that are counted before a filtered scan
+	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
+	narrowing     = 16      // divides a slice for which Cassandra ran out of time
+	maxNarrowings = 3       // of one slice; after that the failure is returned
+	pageTime      = 2 * time.Second
+	ndjson        = "application/x-ndjson"
+	unlimited     = math.MaxInt
+	listToken     = "list"   // the kind of page token of GET /users
+	streamToken   = "stream" // of GET /users/stream and /users/stream/pages
+	startAgain    = "; start again without page_state"
 )
 
-// A stream reads slices of the token range side by side, each wide enough for
-// most of a page. A filter makes Cassandra look through rows that it does not
-// return, some 500 000 a second, so a page that finds too little runs into the
-// node's 5 s timeout at about 2.5 million rows: there a slice is also no wider
-// than can be looked through in sliceTime. BenchmarkFilters compares, over five
-// million users of which none, half and all match: slices side by side take 8, 17
-// and 21 s, one after the other 13, 27 and 37 s, and an SAI index, which every
-// write pays for, 0.2, 149 and 140 s.
-const (
-	firstSlice = 1 << 52                // of 2^64 tokens: a 4096th of the table
-	maxGrowth  = 16                     // from one slice to the next
-	sliceTime  = 500 * time.Millisecond // for the node to look through one
-	pageTime   = 2 * time.Second        // after which a page is answered with what was found
-)
+var streams = make(gate, maxStreams)
 
-const (
-	selectRange      = `SELECT id, name, email, age, created_at, updated_at FROM users WHERE token(id) > ? AND token(id) <= ?`
-	selectRangeByAge = selectRange + ` AND age >= ? ALLOW FILTERING`
-)
+// table is what a scan needs to know of a table whose key is a random UUID.
+type table struct {
+	name           string
+	selectRange    string // rows from one token to another
+	selectFiltered string // the same, with a minimum age
+	newRow         func() row
+}
 
-// streamUsers answers GET /users/stream. The status line is sent with the first
-// rows, so a failure of the first page still gets its own status.
-func streamUsers(w http.ResponseWriter, r *http.Request) error {
-	params := &parameters{query: r.URL.RawQuery}
-	s := newScan(params.ageFilter(), params.number("limit", unlimited, 1, unlimited))
-	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
-	if err := params.err(); err != nil {
+// row is a row of a table. A page reuses one for all rows.
+type row interface {
+	columns() []any // Scan destinations
+	key() uuid.UUID
+	appendJSON(b []byte) []byte
+}
+
+// streamUsers handles GET /users/stream.
+func streamUsers(w http.ResponseWriter, r *http.Request) error { return stream(w, r, usersTable) }
+
+// getUsersPage handles GET /users/stream/pages.
+func getUsersPage(w http.ResponseWriter, r *http.Request) error { return getPage(w, r, usersTable) }
+
+// stream sends a table as a JSON array or as NDJSON and flushes it page by page.
+// It reads the first page before it sends the status line, so an early failure has
+// its own status. After a later one only an aborted connection can show that the
+// body is incomplete.
+func stream(w http.ResponseWriter, r *http.Request, t *table) error {
+	s, fetchSize, err := newParameters(r).fetch(t)
+	if err != nil {
 		return err
 	}
-	out := newRowWriter(w, preferred(r, "application/json", ndjson))
+	if !r.ProtoAtLeast(1, 1) { // it has no framing that shows a truncated body
+		w.Header().Set("Upgrade", "HTTP/1.1")
+		const detail = "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1"
+		return &problem{Status: http.StatusUpgradeRequired, Detail: detail}
+	}
+	contentType := preferred(r, "application/json", ndjson)
+	w.Header().Set("Vary", "Accept")
+	w.Header().Set("Content-Type", contentType)
 	if r.Method == http.MethodHead {
 		return nil
 	}
-	defer counters.streams.Add(-1)
-	if counters.streams.Add(1) > maxStreams {
-		return unavailable("Too many streams at once; try again in a second")
-	}
-	for rows, err := range pagesAhead(r.Context(), &counters.scans, s.parts(fetchSize)) {
+	before, end := "[", "[]\n"
+	for p, err := range s.pages(r.Context(), fetchSize) {
 		if err != nil {
+			return &streamError{error: err, pageState: s.token(streamToken)}
+		}
+		text := p.json
+		if contentType != ndjson && p.rows > 0 {
+			io.WriteString(w, before) // its error comes again with the next write
+			text, before, end = p.array(), ",", "]\n"
+		}
+		if _, err := w.Write(text); err != nil {
 			return err
 		}
-		if err := out.writeRows(rows); err != nil {
+		counters.rowsStreamed.Add(int64(p.rows))
+		if err := http.NewResponseController(w).Flush(); err != nil {
 			return err
 		}
 	}
-	return out.end()
-}
-
-// pageOfUsers is the answer of GET /users/stream/pages.
-type pageOfUsers struct {
-	Users     json.RawMessage `json:"users"`
-	HasMore   bool            `json:"has_more"`
-	PageState *string         `json:"page_state"`
-}
-
-// getPage answers GET /users/stream/pages.
-func getPage(w http.ResponseWriter, r *http.Request) error {
-	params := &parameters{query: r.URL.RawQuery}
-	age := params.ageFilter()
-	fetchSize := params.number("fetch_size", defaultFetch, 1, maxFetch)
-	s, given := params.pageState(pagesEndpoint)
-	switch {
-	case !given:
-		s = newScan(age, params.number("limit", unlimited, 1, unlimited))
-	case s != nil && age != noAgeFilter && age != s.minAge:
-		params.reject("page_state", "was made for another age_filter; "+startAgain)
+	if contentType != ndjson {
+		_, err = io.WriteString(w, end)
 	}
-	if err := params.err(); err != nil {
+	return err
+}
+
+// streamError is a failed stream and the position behind the last row it sent.
+type streamError struct {
+	error
+	pageState string
+}
+
+func (e *streamError) Unwrap() error { return e.error }
+
+// getPage sends one page of a table and a token for the next.
+func getPage(w http.ResponseWriter, r *http.Request, t *table) error {
+	s, fetchSize, err := newParameters(r).fetch(t)
+	if err != nil {
 		return err
 	}
 	if r.Method == http.MethodHead {
 		w.Header().Set("Content-Type", "application/json")
 		return nil
 	}
-	users, err := s.readPage(r.Context(), fetchSize)
+	p, err := s.page(r.Context(), fetchSize)
 	if err != nil {
 		return err
 	}
-	answer := pageOfUsers{Users: users, HasMore: s.more()}
-	if s.more() {
-		answer.PageState = new(s.token(pagesEndpoint))
-		linkNext(w, fmt.Sprintf("/users/stream/pages?fetch_size=%d&page_state=%s", fetchSize, *answer.PageState))
+	next := "null"
+	if token := s.token(streamToken); s.more() {
+		next = strconv.Quote(token)
+		linkNext(w, fmt.Sprintf("%s?fetch_size=%d&page_state=%s", r.URL.Path, fetchSize, token))
 	}
-	return writeJSON(w, http.StatusOK, answer)
+	tail := fmt.Sprintf(`],"has_more":%t,"page_state":%s}`+"\n", s.more(), next)
+	return writeBody(w, http.StatusOK, "application/json", []byte(`{"`+t.name+`":[`), p.array(), []byte(tail))
 }
 
 func linkNext(w http.ResponseWriter, target string) {
 	w.Header().Set("Link", "<"+target+`>; rel="next"`)
 }
 
-func (p *parameters) ageFilter() int { return p.number("age_filter", noAgeFilter, 0, maxAge) }
-
-// page is some rows of a scan, and whether more may follow.
+// page is some rows of a scan as JSON, each with a newline behind it.
 type page struct {
-	rows *gocql.Iter
-	more bool
+	json []byte
+	rows int
 }
 
-// nextPage fetches one page of a walk after the other.
-type nextPage func(context.Context) (page, error)
-
-// alone is the one part of a walk that is not divided.
-func alone(next nextPage) iter.Seq[nextPage] {
-	return func(yield func(nextPage) bool) { yield(next) }
-}
-
-// fetched is a page, or why there is none.
-type fetched struct {
-	page
-	err error
-}
-
-// fetchAll fetches page after page until the last one or an error, each while
-// the one before waits for its reader, who must read to the end. What comes after
-// the end of ctx is an error, so that no walk looks whole that isn't.
-func (next nextPage) fetchAll(ctx context.Context) chan fetched {
-	pages := make(chan fetched)
-	go func() {
-		defer close(pages)
-		for more := true; more; {
-			p, err := next(ctx)
-			if err == nil {
-				err = ctx.Err()
-			}
-			more = p.more && err == nil
-			pages <- fetched{p, err}
+// array returns the rows separated by commas, in the memory of the page. JSON text
+// has no other newlines.
+func (p page) array() []byte {
+	text := bytes.TrimSuffix(p.json, []byte("\n"))
+	for rest, found := text, 0; ; rest = rest[found+1:] {
+		if found = bytes.IndexByte(rest, '\n'); found < 0 {
+			return text
 		}
-	}()
-	return pages
-}
-
-// pagesAhead yields all pages of one part after the other while it fetches those
-// to come, of so many parts at once as sideBySide says. It ends what is under
-// way when the reader stops or ctx ends; open counts it from its start to its
-// end.
-func pagesAhead(ctx context.Context, open *atomic.Int64, parts iter.Seq[nextPage]) iter.Seq2[*gocql.Iter, error] {
-	return func(yield func(*gocql.Iter, error) bool) {
-		open.Add(1)
-		defer open.Add(-1)
-		ctx, cancel := context.WithCancel(ctx)
-		begun := make(chan chan fetched, sideBySide-2) // besides the one being read and the one being put here
-		go func() {
-			defer close(begun)
-			for part := range parts {
-				ended := ctx.Err() != nil // then this part fails, and is the last
-				begun <- part.fetchAll(ctx)
-				if ended {
-					return
-				}
-			}
-		}()
-		pages := <-begun
-		defer func() {
-			cancel()
-			for ; pages != nil; pages = <-begun { // nil once all are read
-				for range pages {
-				}
-			}
-		}()
-		for ; pages != nil; pages = <-begun {
-			for p := range pages {
-				if !yield(p.rows, p.err) || p.err != nil {
-					return
-				}
-			}
-		}
+		rest[found] = ','
 	}
 }
 
-// scan is a walk through the users table, and the place where it stands.
-// Cassandra hashes each key to a token from -2^63 to 2^63-1 and keeps rows in
-// the order of their tokens, the ring; the walk goes from the lowest up, a slice
-// of the ring at a time.
+// scan is a resumable scan of a table in token order. Cassandra hashes each key
+// to a token from -2^63 to 2^63-1 and stores rows in the order of their tokens,
+// the ring, which is divided among the nodes. Random keys are spread evenly over
+// it. So a scan can be cut into slices of equal width, and can resume behind any
+// row, in a narrower slice if need be. A paging state of Cassandra, which could be
+// neither narrowed nor checked, never leaves this file.
 type scan struct {
-	minAge int           // noAgeFilter, or 0 to 150
-	left   int           // rows still to be given
-	after  int64         // the slice being read begins behind this
-	upto   int64         // and ends with this
-	state  []byte        // Cassandra's paging state within it, empty at its start
-	rows   int           // read of it so far
-	took   time.Duration // to read them
-	width  uint64        // of the next slice, in tokens
-	end    int64         // of the walk
+	*table
+	minAge   int       // 0: all rows
+	left     int       // rows still to be returned; 0 at the end of the scan
+	from     int64     // rows with a lower token have been returned
+	behind   uuid.UUID // of the rows with this token, those up to this key, too
+	upto     int64     // the last token of the slice being read
+	end      int64     // the last token of the scan
+	width    uint64    // tokens of a slice; 0 until it is known
+	rowBytes int       // mean size of a row's JSON; 0 until it is known
 }
 
-func newScan(minAge, limit int) *scan {
-	s := &scan{minAge: minAge, left: limit, after: math.MinInt64, end: math.MaxInt64, width: math.MaxUint64}
-	if s.isFiltered() {
-		s.width = firstSlice
-	}
-	s.upto = s.nextBound()
-	return s
+func newScan(t *table) *scan {
+	return &scan{table: t, left: unlimited, from: math.MinInt64, upto: math.MaxInt64, end: math.MaxInt64}
 }
 
-// parts divides a walk that has not begun into slices, to be read side by side;
-// one with a limit is not divided, for nobody knows how many slices it takes.
-func (s *scan) parts(size int) iter.Seq[nextPage] {
-	if s.left < unlimited {
-		return alone(func(ctx context.Context) (page, error) { return s.fetch(ctx, size) })
-	}
-	return func(yield func(nextPage) bool) {
-		var width atomic.Uint64 // as the part that ended last found it
-		width.Store(firstSlice)
-		for after := s.after; after < s.end; {
-			part := &scan{minAge: s.minAge, left: unlimited, after: after, end: s.end, width: width.Load()}
-			part.upto = part.nextBound()
-			part.end, after = part.upto, part.upto
-			if !yield(func(ctx context.Context) (page, error) {
-				p, err := part.fetch(ctx, size)
-				if !p.more {
-					width.Store(part.width)
-				}
-				return p, err
-			}) {
+// more reports whether rows remain and the scan has not reached its end.
+func (s *scan) more() bool { return s.left > 0 }
+
+// firstPage is the first page of a slice.
+type firstPage struct {
+	page
+	err   error
+	slice *scan
+}
+
+// pages yields the rest of the scan page by page. As soon as it knows how wide a
+// slice may be, it reads the first pages of several concurrently, and returns them
+// in order. Its goroutines have ended when it returns.
+func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
+	return func(yield func(page, error) bool) {
+		for s.more() && s.width == 0 {
+			from := s.from
+			p, err := s.next(ctx, size)
+			if !yield(p, err) || err != nil {
 				return
 			}
+			if p.rows >= minCount && s.width == 0 {
+				s.setWidth(from, p.rows, s.pageSize(size)*4/5)
+			}
+		}
+		var reading sync.WaitGroup
+		defer reading.Wait()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		rest, queue := *s, []chan firstPage{}
+		for s.more() {
+			for rest.more() && len(queue) < maxPages {
+				first, slice := make(chan firstPage, 1), rest.cut()
+				reading.Go(func() {
+					p, err := slice.next(ctx, size)
+					first <- firstPage{p, err, slice}
+				})
+				queue = append(queue, first)
+			}
+			f := <-queue[0]
+			queue = queue[1:]
+			for p, err := f.page, f.err; ; p, err = f.slice.next(ctx, size) {
+				if !yield(s.take(f.slice, p, err)) || err != nil || !s.more() {
+					return
+				}
+				if !f.slice.more() {
+					break
+				}
+			}
 		}
 	}
 }
 
-func (s *scan) isFiltered() bool { return s.minAge > 0 }
-
-// more says whether rows remain to be given and the scan is not at its end.
-func (s *scan) more() bool { return s.left > 0 && s.after < s.end }
-
-// nextBound is the end of the slice that begins at after.
-func (s *scan) nextBound() int64 {
-	if rest := uint64(s.end) - uint64(s.after); s.width >= rest {
-		return s.end
-	}
-	return s.after + int64(s.width)
+// cut cuts the next slice off the scan.
+func (s *scan) cut() *scan {
+	slice := *s
+	slice.left, slice.upto, slice.end = unlimited, s.bound(), s.bound()
+	s.skip(slice.end)
+	return &slice
 }
 
-// fetch reads the next page, of at most size rows and perhaps none, and moves
-// the scan behind it.
-func (s *scan) fetch(ctx context.Context, size int) (page, error) {
-	db, err := currentSession()
+// skip moves the scan behind a token.
+func (s *scan) skip(token int64) {
+	s.from, s.behind = token, uuid.Max
+	if token == s.end {
+		s.left = 0
+	}
+	s.upto = s.bound()
+}
+
+// take moves the scan behind a page of one of its slices. It drops rows beyond the
+// limit.
+func (s *scan) take(slice *scan, p page, err error) (page, error) {
 	if err != nil {
-		return page{}, err
+		return p, err
 	}
-	statement, values := selectRange, []any{s.after, s.upto}
-	if s.isFiltered() {
-		statement, values = selectRangeByAge, append(values, s.minAge)
+	if p.rows > s.left {
+		lines := bytes.SplitAfterN(p.json, []byte("\n"), s.left+1)
+		p.json, p.rows = p.json[:len(p.json)-len(lines[s.left])], s.left
 	}
-	start := time.Now()
-	rows := db.Query(statement, values...).WithContext(ctx).PageSize(min(size, s.left)).PageState(s.state).Iter()
-	if rows.NumRows() == 0 { // as after every failure; Close would take away rows that are there
-		if err := rows.Close(); err != nil {
-			return s.retryNarrower(ctx, size, err)
-		}
+	s.left -= p.rows
+	if s.from, s.behind = slice.from, slice.behind; !slice.more() {
+		s.skip(slice.end)
 	}
-	s.left -= rows.NumRows()
-	s.rows += rows.NumRows()
-	s.took += time.Since(start)
-	s.state = rows.PageState()
-	if len(s.state) == 0 {
-		s.endSlice(size)
-	}
-	return page{rows: rows, more: s.more()}, nil
+	return p, nil
 }
 
-// endSlice moves the walk to the next slice, and makes that as wide as this one
-// should have been to have four fifths of a page, within sliceTime.
-func (s *scan) endSlice(size int) {
-	growth := min(.8*float64(size)/float64(s.rows), sliceTime.Seconds()/s.took.Seconds(), maxGrowth)
-	tokens := growth * float64(uint64(s.upto)-uint64(s.after))
-	s.width = uint64(max(1, min(tokens, 1<<63)))
-	s.after = s.upto
-	s.upto = s.nextBound()
-	s.rows, s.took = 0, 0
-}
-
-// retryNarrower tries half the slice when the node ran out of time in it, as it
-// can when others keep it busy. Cassandra 5 calls that a failure.
-func (s *scan) retryNarrower(ctx context.Context, size int, err error) (page, error) {
-	var refused gocql.RequestError
-	errors.As(err, &refused)
-	tooWide := refused != nil && (refused.Code() == gocql.ErrCodeReadTimeout || refused.Code() == gocql.ErrCodeReadFailure)
-	if tooWide && s.isFiltered() && len(s.state) == 0 && s.width > firstSlice {
-		s.width /= 2
-		s.upto = s.nextBound()
-		return s.fetch(ctx, size)
+// page reads at most size rows. It returns those found so far after pageTime, or
+// after half of the time that ctx has left.
+func (s *scan) page(ctx context.Context, size int) (all page, err error) {
+	start, budget := time.Now(), pageTime
+	if deadline, ok := ctx.Deadline(); ok {
+		budget = min(budget, time.Until(deadline)/2)
 	}
-	isForeign := len(s.state) > 0 && s.took == 0 // the paging state came with the request
-	if refused != nil && isForeign && (refused.Code() == gocql.ErrCodeProtocol || refused.Code() == gocql.ErrCodeServer) {
-		return page{}, invalid(fieldError{Parameter: "page_state", Detail: "is not a place in this table; " + startAgain})
+	if all, err = s.next(ctx, size); err != nil {
+		return all, err
 	}
-	return page{}, failed(read, err, "reading a page of users")
-}
-
-// readPage reads at most size users as a JSON array. It goes on over pages that
-// are not full, but not for much longer than pageTime.
-func (s *scan) readPage(ctx context.Context, size int) (json.RawMessage, error) {
-	array := []byte{'['}
-	row := newUserRow()
-	for start := time.Now(); s.more() && size > 0 && time.Since(start) < pageTime; {
-		page, err := s.fetch(ctx, size)
+	ctx, cancel := context.WithDeadline(ctx, start.Add(budget*3/2)) // leaves time to send what was found so far
+	defer cancel()
+	for s.more() && all.rows < size && time.Since(start) < budget {
+		p, err := s.next(ctx, size-all.rows)
 		if err != nil {
-			return nil, err
+			break // the next page meets it again, if it lasts
 		}
-		size -= page.rows.NumRows()
-		for page.rows.Scan(row.dest...) {
-			if len(array) > 1 {
-				array = append(array, ',')
-			}
-			array = row.appendJSON(array)
-		}
-		if err := page.rows.Close(); err != nil {
-			return nil, failed(read, err, "reading a page of users")
-		}
+		all.json, all.rows = append(all.json, p.json...), all.rows+p.rows
 	}
-	return append(array, ']'), nil
+	return all, nil
 }
 
-// Page tokens are bound to what they were made for: Cassandra takes a paging
-// state of another query in silence and answers with wrong rows.
-const (
-	listEndpoint  = 'l' // of GET /users
-	pagesEndpoint = 'p' // of GET /users/stream/pages
-	startAgain    = "start again without page_state"
-)
-
-// token packs the place of the scan into URL-safe text: endpoint, filter, rows
-// left, range, paging state, checksum. It holds no secret and needs no key, so
-// every instance takes it.
-func (s *scan) token(endpoint byte) string {
-	b := []byte{endpoint}
-	for _, n := range []int64{int64(s.minAge), int64(s.left), s.after, s.upto} {
-		b = binary.AppendVarint(b, n)
+// next reads at most size rows, perhaps none, and moves the scan behind them. If
+// Cassandra runs out of time, it tries a narrower slice.
+func (s *scan) next(ctx context.Context, size int) (p page, err error) {
+	if s.minAge > 0 && s.width == 0 {
+		return page{}, s.sample(ctx)
 	}
-	b = append(b, s.state...)
-	b = binary.BigEndian.AppendUint32(b, crc32.ChecksumIEEE(b))
-	return base64.RawURLEncoding.EncodeToString(b)
+	for range maxNarrowings + 1 {
+		p, err = s.read(ctx, s.pageSize(size))
+		if !isTooWide(err) {
+			break
+		}
+		s.width = max(1, (uint64(s.upto)-uint64(s.from))/narrowing)
+		s.upto = s.bound()
+	}
+	return p, queryErrorf(read, err, "scanning %s", s.name)
 }
 
-// parseToken returns the scan that token packed, or nil for any other text.
-func parseToken(text string, endpoint byte) *scan {
-	b, err := base64.RawURLEncoding.DecodeString(text)
-	// The decoder skips line breaks and ignores stray bits at the end.
-	if err != nil || len(b) < 5 || base64.RawURLEncoding.EncodeToString(b) != text {
-		return nil
-	}
-	b, sum := b[:len(b)-4], binary.BigEndian.Uint32(b[len(b)-4:])
-	if crc32.ChecksumIEEE(b) != sum || b[0] != endpoint {
-		return nil
-	}
-	b = b[1:]
-	var numbers [4]int64
-	for i := range numbers {
-		n, size := binary.Varint(b)
-		if size <= 0 {
-			return nil
-		}
-		numbers[i], b = n, b[size:]
-	}
-	s := newScan(int(numbers[0]), int(numbers[1]))
-	s.after, s.upto, s.state = numbers[2], numbers[3], b
-	if s.minAge < noAgeFilter || s.minAge > maxAge || s.left < 1 || s.after >= s.upto {
-		return nil
-	}
-	return s
-}
-
-// pageState returns the scan to go on with, nil if it is rejected, and whether
-// one was given.
-func (p *parameters) pageState(endpoint byte) (s *scan, given bool) {
-	faults := len(p.errs)
-	text, given := p.text("page_state")
-	if !given || len(p.errs) > faults {
-		return nil, given
-	}
-	if s = parseToken(text, endpoint); s == nil {
-		p.reject("page_state", "is damaged or of another endpoint; "+startAgain)
-	}
-	return s, true
-}
-
-// rowWriter writes users as a JSON array, or one a line, in writes of writeSize.
-type rowWriter struct {
-	w     http.ResponseWriter
-	row   *userRow
-	buf   []byte
-	array bool
-	rows  int // appended to buf so far
-}
-
-func newRowWriter(w http.ResponseWriter, contentType string) *rowWriter {
-	w.Header().Set("Content-Type", contentType)
-	w.Header().Set("Vary", "Accept")
-	return &rowWriter{w: w, row: newUserRow(), array: contentType != ndjson}
-}
-
-// writeRows writes a page and flushes it; the first one sends the status line.
-func (o *rowWriter) writeRows(rows *gocql.Iter) error {
-	if o.buf == nil {
-		o.buf = make([]byte, 0, writeSize)
-		o.w.WriteHeader(http.StatusOK)
-		if o.array {
-			o.buf = append(o.buf, '[')
-		}
-	}
-	for rows.Scan(o.row.dest...) {
-		if o.array && o.rows > 0 {
-			o.buf = append(o.buf, ',')
-		}
-		o.buf = o.row.appendJSON(o.buf)
-		if !o.array {
-			o.buf = append(o.buf, '\n')
-		}
-		o.rows++
-		if len(o.buf) > writeSize-maxRow {
-			if err := o.write(); err != nil {
-				return err
-			}
-		}
-	}
-	if err := rows.Close(); err != nil {
-		return failed(read, err, "streaming users")
-	}
-	if err := o.write(); err != nil {
+// sample counts rows without the filter, and so finds how wide a slice may be in
+// which Cassandra has to examine each row.
+func (s *scan) sample(ctx context.Context) error {
+	all := *s
+	all.minAge, all.left = 0, unlimited
+	p, err := all.next(ctx, sampleSize)
+	if err != nil {
 		return err
 	}
-	counters.rowsStreamed.Add(int64(rows.NumRows()))
-	return http.NewResponseController(o.w).Flush()
-}
-
-// end closes the array. Without it, and with the connection cut, no client can
-// take what it got for a whole one.
-func (o *rowWriter) end() error {
-	if o.array {
-		o.buf = append(o.buf, "]\n"...)
+	s.rowBytes, s.width = all.rowBytes, math.MaxUint64
+	if all.more() {
+		all.setWidth(s.from, p.rows, filterRows)
+		s.width = all.width
 	}
-	return o.write()
-}
-
-func (o *rowWriter) write() error {
-	_, err := o.w.Write(o.buf)
-	o.buf = o.buf[:0]
-	return err
-}
-
-// userRow is one row, scanned again and again without an allocation: Scan into
-// strings makes two or three a row.
-type userRow struct {
-	id               gocql.UUID
-	name, email      rawText
-	age              int
-	created, updated int64 // milliseconds since 1970
-	dest             []any // the destinations for Scan, in the order of the CQL
-}
-
-func newUserRow() *userRow {
-	row := new(userRow)
-	row.dest = []any{&row.id, &row.name, &row.email, &row.age, &row.created, &row.updated}
-	return row
-}
-
-// rawText is a text column in the driver's buffer of its page, which the driver
-// does not use again.
-type rawText []byte
-
-// UnmarshalCQL keeps the bytes without copying them.
-func (t *rawText) UnmarshalCQL(_ gocql.TypeInfo, data []byte) error {
-	*t = data
+	s.upto = s.bound()
 	return nil
 }
 
-// appendJSON appends the same bytes that encoding/json makes of a user.
-func (row *userRow) appendJSON(b []byte) []byte {
-	b = append(b, `{"id":"`...)
-	b = appendUUID(b, row.id)
-	b = append(b, `","name":`...)
-	b = appendString(b, row.name)
-	b = append(b, `,"email":`...)
-	b = appendString(b, row.email)
-	b = append(b, `,"age":`...)
-	b = strconv.AppendInt(b, int64(row.age), 10)
-	b = append(b, `,"created_at":"`...)
-	b, _ = timestamp(row.created).AppendText(b)
-	b = append(b, `","updated_at":"`...)
-	b, _ = timestamp(row.updated).AppendText(b)
-	return append(b, `"}`...)
+// errNoRows is a page without rows that is not the last one.
+var errNoRows = errors.New("page without rows")
+
+// isTooWide reports that a node ran out of time, or met too many tombstones.
+func isTooWide(err error) bool {
+	code := codeOf(err)
+	return code == gocql.ErrCodeReadTimeout || code == gocql.ErrCodeReadFailure || err == errNoRows
 }
 
-func appendUUID(b []byte, id gocql.UUID) []byte {
-	b = hex.AppendEncode(b, id[:4])
-	for _, part := range [][]byte{id[4:6], id[6:8], id[8:10], id[10:]} {
-		b = hex.AppendEncode(append(b, '-'), part)
+// read reads one page of the slice and moves the scan behind it. It asks for one
+// row more: the one behind which it resumes, or one that shows that more follow.
+func (s *scan) read(ctx context.Context, size int) (p page, err error) {
+	statement, values := s.selectRange, []any{s.from, s.upto}
+	if s.minAge > 0 {
+		statement, values = s.selectFiltered, append(values, s.minAge)
 	}
-	return b
+	anyNode := uuid.New() // without a routing key the driver looks for one, under a lock that ignores deadlines
+	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(anyNode[:])
+	rows := query.PageSize(size + 1).PageState(nil).Iter()
+	more, last, row := len(rows.PageState()) > 0, s.behind, s.newRow()
+	p.json = make([]byte, 0, rows.NumRows()*(s.rowBytes+s.rowBytes/16))
+	for columns := row.columns(); rows.Scan(columns...); {
+		key := row.key()
+		if bytes.Compare(key[:], s.behind[:]) <= 0 && tokenOf(key) == s.from {
+			continue // returned before
+		}
+		if p.rows == size {
+			more = true
+			break
+		}
+		p.json, p.rows, last = append(row.appendJSON(p.json), '\n'), p.rows+1, key
+	}
+	if err := rows.Close(); err != nil {
+		return page{}, err
+	}
+	if more && p.rows == 0 {
+		return page{}, errNoRows
+	}
+	if s.left -= p.rows; more {
+		s.from, s.behind = tokenOf(last), last
+	} else {
+		s.skip(s.upto)
+	}
+	if p.rows > 0 {
+		s.rowBytes = len(p.json) / p.rows
+	}
+	return p, nil
 }
 
-// appendString appends text as JSON. The rare text that needs escaping goes
-// through encoding/json, which takes ten times as long.
-func appendString(b, text []byte) []byte {
-	plain := utf8.Valid(text)
-	for _, c := range text {
-		// 0xE2 begins U+2028 and U+2029, which encoding/json escapes.
-		plain = plain && c >= ' ' && c != '"' && c != '\\' && c != 0xE2
+// pageSize returns size, or fewer rows if that many would exceed a limit.
+func (s *scan) pageSize(size int) int {
+	if s.rowBytes > 0 {
+		size = max(1, min(size, maxAhead/s.rowBytes))
 	}
-	if plain {
-		b = append(b, '"')
-		b = append(b, text...)
-		return append(b, '"')
+	return min(size, s.left)
+}
+
+// bound returns the last token of a slice that begins where the scan is.
+func (s *scan) bound() int64 {
+	if s.width == 0 || s.width >= uint64(s.end)-uint64(s.from) {
+		return s.end
 	}
-	var quoted bytes.Buffer
-	enc := json.NewEncoder(&quoted)
-	enc.SetEscapeHTML(false)
-	enc.Encode(string(text)) // a string always encodes
-	return append(b, bytes.TrimSuffix(quoted.Bytes(), []byte("\n"))...)
+	return s.from + int64(s.width)
+}
+
+// setWidth makes slices so wide that they have the wanted number of rows, judging
+// by the rows that lie between a token and the scan's position.
+func (s *scan) setWidth(from int64, rows, wanted int) {
+	tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted)
+	s.width = uint64(max(1, min(tokens, 1<<63)))
+	s.upto = s.bound()
+}
+
+// token returns the position of the scan as URL-safe text. It contains no secret
+// and needs no key, so every instance accepts it. The checksum covers the names of
+// keyspace and table, too.
+func (s *scan) token(kind string) string {
+	position := fmt.Sprintf("%s.%d.%d.%d.%s.%d", kind, s.minAge, s.left, s.from, s.behind, s.width)
+	sum := crc32.ChecksumIEEE([]byte(position + "." + global.cluster.keyspace + "." + s.name))
+	return fmt.Sprintf("%s.%08x", position, sum)
+}
+
+// parseToken returns the scan at a token's position. It ignores errors in the
+// fields: damaged text is not what the result formats to.
+func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
+	s = newScan(t)
+	fields := strings.Split(text+"......", ".")
+	s.minAge, _ = strconv.Atoi(fields[1])
+	s.left, _ = strconv.Atoi(fields[2])
+	s.from, _ = strconv.ParseInt(fields[3], 10, 64)
+	s.behind, _ = uuid.Parse(fields[4])
+	s.width, _ = strconv.ParseUint(fields[5], 10, 64)
+	s.upto = s.bound()
+	return s, text == s.token(kind) && s.more() && 0 <= s.minAge && s.minAge <= maxAge
+}
+
+// tokenOf returns the token of a key, as Cassandra's Murmur3Partitioner computes
+// it: the first half of the MurmurHash3 x64 128 of the key's 16 bytes.
+func tokenOf(key uuid.UUID) int64 {
+	const c1, c2 = 0x87c37b91114253d5, 0x4cf5ad432745937f
+	k1, k2 := binary.LittleEndian.Uint64(key[:8]), binary.LittleEndian.Uint64(key[8:])
+	h1 := bits.RotateLeft64(bits.RotateLeft64(k1*c1, 31)*c2, 27)*5 + 0x52dce729
+	h2 := (bits.RotateLeft64(bits.RotateLeft64(k2*c2, 33)*c1, 31)+h1)*5 + 0x38495ab5
+	h1, h2 = h1^16, h2^16
+	h1 += h2
+	h2 += h1
+	if token := int64(mix(h1) + mix(h2)); token != math.MinInt64 {
+		return token
+	}
+	return math.MaxInt64
+}
+
+// mix is the finalizer of MurmurHash3.
+func mix(h uint64) uint64 {
+	h = (h ^ h>>33) * 0xff51afd7ed558ccd
+	h = (h ^ h>>33) * 0xc4ceb9fe1a85ec53
+	return h ^ h>>33
+}
+
+// parameters reads a query string and collects what is wrong with it.
+type parameters struct {
+	url.Values
+	errs []fieldError
+}
+
+func newParameters(r *http.Request) *parameters {
+	values, err := url.ParseQuery(r.URL.RawQuery) // r.URL.Query drops bad parameters silently
+	p := &parameters{Values: values}
+	if err != nil {
+		p.reject("query string", "must be percent-encoded: "+err.Error())
+	}
+	return p
+}
+
+func (p *parameters) reject(name, detail string) {
+	p.errs = append(p.errs, fieldError{Parameter: name, Detail: detail})
+}
+
+// err returns the response to what was rejected, or nil.
+func (p *parameters) err() error {
+	if p.errs == nil {
+		return nil
+	}
+	return invalid(p.errs...)
+}
+
+// number returns a whole number clamped to high, or fallback if it is missing.
+func (p *parameters) number(name string, fallback, low, high int) int {
+	if !p.Has(name) {
+		return fallback
+	}
+	n, err := strconv.ParseUint(p.Get(name), 10, 63) // returns the maximum for more
+	if len(p.Values[name]) > 1 || err != nil && !errors.Is(err, strconv.ErrRange) || int(n) < low {
+		p.reject(name, fmt.Sprintf("must be one whole number in plain digits, at least %d", low))
+	}
+	return min(int(n), high)
+}
+
+// scan returns a new scan of the table, or the one that page_state continues.
+func (p *parameters) scan(t *table, kind string) *scan {
+	if !p.Has("page_state") {
+		return newScan(t)
+	}
+	s, ok := t.parseToken(p.Get("page_state"), kind)
+	if !ok || len(p.Values["page_state"]) > 1 {
+		p.reject("page_state", "is corrupt or belongs to another endpoint"+startAgain)
+	}
+	return s
+}
+
+// fetch reads the parameters of a stream or a page. With page_state, limit is
+// unused, and age_filter must be missing or the same.
+func (p *parameters) fetch(t *table) (s *scan, fetchSize int, err error) {
+	s = p.scan(t, streamToken)
+	fetchSize = p.number("fetch_size", defaultFetch, 1, maxFetch)
+	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, maxAge)
+	if !p.Has("page_state") {
+		s.left, s.minAge = limit, minAge
+	} else if minAge != s.minAge && p.errs == nil {
+		p.reject("page_state", "was made with another age_filter"+startAgain)
+	}
+	return s, fetchSize, p.err()
 }
