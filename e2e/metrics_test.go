@@ -72,7 +72,7 @@ func TestMetricsOfASilentCassandra(t *testing.T) {
 	await(t, 15*time.Second, "disconnected", func() bool { return !s.metrics(t).Cassandra.Connected })
 	active := s.slowQuery(t)
 	s.Process.Signal(syscall.SIGTERM)
-	await(t, 5*time.Second, "draining", func() bool { return s.do("GET /users", "").status == 503 })
+	await(t, 5*time.Second, "draining", func() bool { return s.do("GET /nothing", "").status == 503 })
 	for _, accept := range []string{"application/json", "text/plain"} {
 		if r := s.do("GET /metrics", "", "Accept: "+accept); !want(t, r, 200) || r.took > time.Second {
 			t.Errorf("%s; want it immediately", r)

@@ -243,7 +243,7 @@ func want(t testing.TB, r response, status int, parts ...string) bool {
 	if status >= 400 && !strings.HasSuffix(r.request, "/health") {
 		ok = ok && r.header.Get("Content-Type") == "application/problem+json"
 		parts = append(parts, fmt.Sprintf(`{"title":%q,"status":%d,"detail":`, http.StatusText(status), status),
-			fmt.Sprintf(`"request_id":%q}`, r.header.Get("X-Request-Id")))
+			fmt.Sprintf(`"request_id":%q`, r.header.Get("X-Request-Id")))
 	}
 	for _, part := range parts {
 		ok = ok && strings.Contains(r.body, part)
