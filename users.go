@@ -77,9 +77,8 @@ var usersTable = &table{
 	newRow: func() row { return new(user) },
 }
 
-const errNoUser = notFound("User not found")
-
 var (
+	errNoUser      = fmt.Errorf("User %w", errNotFound)
 	errTagMismatch = errors.New("If-Match does not match")
 	errKeyReused   = errors.New("idempotency key was used for a different request")
 )
