@@ -3,10 +3,10 @@
 // one session, health and metrics. It starts listening immediately, connects and
 // reconnects to Cassandra on its own, and drains before it exits.
 //
-// It is configured by environment variables, which loadSettings lists with their
-// defaults. SIGTERM, SIGINT, SIGHUP and POST /shutdown start a drain: /health
-// returns 503 "draining", other new requests are refused, and active requests
-// get their response. A second signal exits immediately.
+// loadSettings lists the environment variables that configure it. SIGTERM, SIGINT,
+// SIGHUP and POST /shutdown start a drain: /health returns 503 "draining", other
+// new requests are refused, and active requests get their response. A second
+// signal exits immediately.
 //
 // This file holds the life of the process, the route table, the middleware, and
 // the mapping from errors to responses.
@@ -41,9 +41,9 @@ import (
 	"time"
 )
 
-const version = "1.0.0"
-
 const (
+	version = "1.0.0"
+
 	maxBody        = 1 << 20                // bytes of a request body; a user is under 1 kB, this is for batches
 	maxBodies      = 64 << 20               // bytes of all bodies that are being received or handled
 	maxHeader      = 16 << 10               // bytes; enough for any page token, 431 beyond
@@ -63,21 +63,26 @@ const (
 	statusAborted    = 599 // a response that was aborted after its status line; never sent
 )
 
+var (
+	//go:embed docs/openapi.json
+	openAPI []byte
+	//go:embed docs/index.html
+	docsPage []byte
+
+	// errShutdown is the cancellation cause of requests still active at SHUTDOWN_TIMEOUT.
+	errShutdown = errors.New("the service is shutting down")
+
+	validID      = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+	validSeconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
+	// forwarding matches the headers that proxies add.
+	forwarding = regexp.MustCompile(`^(Forwarded|Via|X-Forwarded.*|X-Real-Ip|True-Client-Ip|Cf-Connecting-Ip)$`)
+)
+
 // shutdown is the shutdown state of the process.
 var shutdown = struct {
 	draining  atomic.Bool
 	requested chan struct{} // by POST /shutdown
 }{requested: make(chan struct{}, 1)}
-
-// errShutdown is the cancellation cause of requests that are still active at
-// SHUTDOWN_TIMEOUT.
-var errShutdown = errors.New("the service is shutting down")
-
-//go:embed docs/openapi.json
-var openAPI []byte
-
-//go:embed docs/index.html
-var docsPage []byte
 
 func main() {
 	signal.Ignore(syscall.SIGPIPE) // a dead reader of the log must not end the process
@@ -108,13 +113,10 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	defer abort(nil)
 	defer keepConnected(cfg.cluster)()
 	server := &http.Server{
-		Handler:           newRouter(cfg),
-		BaseContext:       func(net.Listener) context.Context { return base },
-		ConnContext:       limitSendBuffer,
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
+		Handler:     newRouter(cfg),
+		BaseContext: func(net.Listener) context.Context { return base }, ConnContext: limitSendBuffer,
+		ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -161,23 +163,20 @@ func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 
 // waitUntil polls until done returns true or the timeout passes.
 func waitUntil(done func() bool, timeout time.Duration) bool {
-	for deadline := time.Now().Add(timeout); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			return false
-		}
+	for deadline := time.Now().Add(timeout); !done() && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond)
 	}
-	return true
+	return done()
 }
 
 // settings is the configuration read from the environment.
 type settings struct {
-	addr                        string
+	addr, logFormat             string
 	allowedHosts                []string // nil: any
 	allowShutdown               bool
 	cluster                     cluster
 	maxInFlight                 int
 	drainDelay, shutdownTimeout time.Duration
-	logFormat                   string
 }
 
 // loadSettings reads and checks the environment. Its error is one line that
@@ -233,8 +232,7 @@ func parseAddr(text string) (string, bool) {
 	return text, err == nil && ok
 }
 
-// parseAllowedHosts returns nil for *. A port and the brackets of an IPv6 address
-// are optional.
+// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
 func parseAllowedHosts(text string) (hosts []string, ok bool) {
 	if text == "*" {
 		return nil, true
@@ -356,8 +354,7 @@ func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rt.mux.ServeHTTP(w, r) // sets the path values
 }
 
-// refuseUnmatched responds with 405 if the path has routes for other methods,
-// else with 404.
+// refuseUnmatched responds with 405 if other methods have a route, else with 404.
 func (rt *router) refuseUnmatched(w http.ResponseWriter, r *http.Request) error {
 	var allowed []string
 	for _, method := range []string{"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"} {
@@ -367,21 +364,14 @@ func (rt *router) refuseUnmatched(w http.ResponseWriter, r *http.Request) error 
 		}
 	}
 	if allowed == nil {
-		return refuse(http.StatusNotFound, "No such path; GET / lists the endpoints")
+		return notFound("No such path; GET / lists the endpoints")
 	}
-	list := strings.Join(allowed, ", ")
-	w.Header().Set("Allow", list)
-	return refuse(http.StatusMethodNotAllowed, "Allowed methods: "+list)
+	w.Header().Set("Allow", strings.Join(allowed, ", "))
+	return refuse(http.StatusMethodNotAllowed, "Allowed methods: "+w.Header().Get("Allow"))
 }
 
-var (
-	validID      = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
-	validSeconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
-)
-
-// ServeHTTP gives the request its id, turns the handler's error into a problem
-// response or, after the status line, into an aborted connection, and counts the
-// outcome.
+// ServeHTTP gives the request its id, lets finish respond with the handler's error
+// or abort the connection, and counts the outcome.
 func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	counters.inFlight.Add(1)
@@ -421,15 +411,14 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 	if err != nil && size > 0 {
 		w.SetReadDeadline(time.Now()) // net/http reads the rest of a body before it sends a response
 	}
-	if err != nil {
-		return err
-	}
 	if !deadline.IsZero() {
 		ctx, cancel := context.WithDeadline(r.Context(), deadline)
 		defer cancel()
 		r = r.WithContext(ctx)
 	}
 	switch {
+	case err != nil:
+		return err
 	case currentSession() == nil && line.options&offline == 0:
 		return errNotConnected
 	case line.options&uncapped == 0:
@@ -440,9 +429,8 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 
 // admit checks what needs no body, and returns the request's deadline; zero is none.
 func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (deadline time.Time, err error) {
-	timeouts := r.Header["X-Request-Timeout"]
-	text := strings.Join(timeouts, ",") // never valid if there are several
-	timeout, _ := strconv.ParseFloat(text, 64)
+	isSet, text := r.Header["X-Request-Timeout"] != nil, strings.Join(r.Header["X-Request-Timeout"], ",")
+	timeout, _ := time.ParseDuration(text + "s")
 	switch {
 	case shutdown.draining.Load() && line.options&probing == 0:
 		w.Header().Set("Connection", "close")
@@ -451,13 +439,13 @@ func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (
 		err = refuse(http.StatusMisdirectedRequest, "Host not allowed; see ALLOWED_HOSTS")
 	case line.crossOrigin.Check(r) != nil:
 		err = refuse(http.StatusForbidden, "Cross-origin requests that change data are not allowed")
-	case timeouts != nil && (timeout == 0 || !validSeconds.MatchString(text)):
-		const rule = "must be a single positive number of seconds, such as 0.5"
+	case isSet && (timeout == 0 || !validSeconds.MatchString(text)):
+		const rule = "must be a single positive number of seconds, such as 0.5" // several are joined by commas
 		err = invalid(fieldError{Header: "X-Request-Timeout", Detail: rule})
 	case r.ContentLength != 0 && bodies > maxBodies:
 		err = refuse(http.StatusServiceUnavailable, "Too many large request bodies; try again in a second")
-	case timeouts != nil:
-		deadline = time.Now().Add(min(time.Duration(timeout*float64(time.Second)), maxTimeout))
+	case isSet:
+		deadline = time.Now().Add(min(timeout, maxTimeout))
 	case line.options&noDeadline == 0:
 		deadline = time.Now().Add(defaultTimeout)
 	}
@@ -473,7 +461,9 @@ func (receivedBody) Close() error { return nil }
 // so slow uploads can't block others. Only then does net/http notice that a
 // client left. The body of a GET, HEAD or DELETE is discarded.
 func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
-	w.SetReadDeadline(deadline) // a context does not unblock Read
+	if r.ContentLength != 0 { // else its end would look like a client that left
+		w.SetReadDeadline(deadline) // a context does not unblock Read
+	}
 	body, sink := receivedBody{new(bytes.Buffer)}, io.Discard
 	if strings.HasPrefix(r.Method, "P") {
 		body.Grow(int(min(max(r.ContentLength, 0), maxBody)) + bytes.MinRead)
@@ -518,6 +508,8 @@ func (g gate) limit(what string, h handler) handler {
 	}
 }
 
+func (g gate) leave() { <-g }
+
 func (g gate) wait(ctx context.Context) error {
 	select {
 	case g <- struct{}{}:
@@ -526,8 +518,6 @@ func (g gate) wait(ctx context.Context) error {
 		return fmt.Errorf("waiting for other requests: %w", ctx.Err())
 	}
 }
-
-func (g gate) leave() { <-g }
 
 // recorder remembers the status. It renews the write deadline, so that a client
 // that stops reading for writeTimeout is disconnected.
@@ -580,10 +570,10 @@ func (w *recorder) finish(r *http.Request, err error) int {
 	}
 	isClients := err == error(p) || r.Header["X-Request-Timeout"] != nil && errors.Is(err, context.DeadlineExceeded)
 	if p.Status >= 500 && !isClients && !isUnreachable(err) {
-		slog.Error("request failed", "request_id", p.RequestID, "method", r.Method, "path", r.URL.Path, "status", p.Status, "error", err)
+		slog.Error("request failed",
+			"request_id", p.RequestID, "method", r.Method, "path", r.URL.Path, "status", p.Status, "error", err)
 	}
 	body, _ := json.Marshal(p)
-	body = append(body, '\n')
 	switch {
 	case w.status == 0:
 		if p.Status == http.StatusServiceUnavailable {
@@ -594,10 +584,10 @@ func (w *recorder) finish(r *http.Request, err error) int {
 				w.Header().Del(name)
 			}
 		}
-		writeBody(w, p.Status, "application/problem+json", body)
+		writeBody(w, p.Status, "application/problem+json", body, []byte("\n"))
 		return p.Status
 	case w.Header().Get("Content-Type") == ndjson:
-		w.Write(body)
+		w.Write(append(body, '\n'))
 		w.Flush()
 	}
 	return statusAborted
@@ -633,21 +623,23 @@ func invalid(errs ...fieldError) *problem {
 
 func refuse(status int, detail string) *problem { return &problem{Status: status, Detail: detail} }
 
-// errNotFound becomes a 404 response with the text of the error that wraps it.
-var errNotFound = errors.New("not found")
+// notFound is an error that becomes a 404 response.
+type notFound string
 
-// asProblem maps every error to a response; the driver's text only goes to the
-// log. cause says why the request's context ended, its own deadline aside: because
-// the client left or a drain timed out.
+func (e notFound) Error() string { return string(e) }
+
+// asProblem maps every error to a response; the driver's text only goes to the log.
+// cause is why the request's context ended, its own deadline aside: the client left,
+// or a drain timed out.
 func asProblem(cause, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
 	}
-	outcome := outcomeOf(err)
-	switch {
+	_, isMissing := errors.AsType[notFound](err)
+	switch outcome := outcomeOf(err); {
 	case cause != nil && cause != errShutdown:
 		return refuse(statusClientLeft, "")
-	case errors.Is(err, errNotFound):
+	case isMissing:
 		return refuse(http.StatusNotFound, err.Error())
 	case errors.Is(err, errTagMismatch):
 		return refuse(http.StatusPreconditionFailed, "If-Match does not match the user's current ETag")
@@ -655,10 +647,10 @@ func asProblem(cause, err error) *problem {
 		return invalid(fieldError{Header: "Idempotency-Key", Detail: "was used for a different request"})
 	case outcome == inDoubt:
 		return refuse(http.StatusGatewayTimeout, inDoubtDetail(err))
-	case outcome == notWritten:
-		return refuse(http.StatusServiceUnavailable, "Cassandra is not available; try again in a moment")
 	case cause == errShutdown:
 		return refuse(http.StatusServiceUnavailable, "The service is shutting down")
+	case outcome == notWritten:
+		return refuse(http.StatusServiceUnavailable, "Cassandra is not available; try again in a moment")
 	case outcome == late || errors.Is(err, context.DeadlineExceeded):
 		return refuse(http.StatusGatewayTimeout, "timeout: the deadline passed before the response was ready")
 	}
@@ -671,7 +663,7 @@ func writeJSON(w http.ResponseWriter, status int, value any) error {
 	if err != nil {
 		return fmt.Errorf("encoding the response: %w", err)
 	}
-	return writeBody(w, status, "application/json", append(body, '\n'))
+	return writeBody(w, status, "application/json", body, []byte("\n"))
 }
 
 // writeBody responds with a body that may come in several parts.
@@ -682,12 +674,6 @@ func writeBody(w http.ResponseWriter, status int, contentType string, parts ...[
 	w.WriteHeader(status)
 	_, err := w.Write(body)
 	return err
-}
-
-// headerHas reports whether a header's comma-separated list has an item.
-func headerHas(r *http.Request, name, item string) bool {
-	list := strings.Split(strings.Join(r.Header.Values(name), ","), ",")
-	return slices.ContainsFunc(list, func(text string) bool { return strings.EqualFold(strings.TrimSpace(text), item) })
 }
 
 // preferred negotiates the content type: it returns the offer with the highest
@@ -721,7 +707,8 @@ func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
 // getDocument responds with an embedded file. Its policy lets the page run its
 // only <style> and <script>, and talk to this service only.
 func getDocument(body []byte, contentType string) handler {
-	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; " +
+		"frame-ancestors 'none'"
 	for _, element := range []string{"style", "script"} {
 		_, rest, _ := bytes.Cut(body, []byte("<"+element+">"))
 		text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
@@ -733,9 +720,6 @@ func getDocument(body []byte, contentType string) handler {
 		return writeBody(w, http.StatusOK, contentType, body)
 	}
 }
-
-// forwarding matches the headers that proxies add.
-var forwarding = regexp.MustCompile(`^(Forwarded|Via|X-Forwarded.*|X-Real-Ip|True-Client-Ip|Cf-Connecting-Ip)$`)
 
 // postShutdown handles POST /shutdown, which does what SIGTERM does. It is for
 // development: no check of a request can prove that no local proxy forwarded it.
@@ -764,6 +748,5 @@ func hostname(address string) string {
 }
 
 func isLoopback(address string) bool {
-	host := hostname(address)
-	return strings.EqualFold(host, "localhost") || net.ParseIP(host).IsLoopback()
+	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
 }

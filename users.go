@@ -77,8 +77,9 @@ var usersTable = &table{
 	newRow: func() row { return new(user) },
 }
 
+const errNoUser = notFound("User not found")
+
 var (
-	errNoUser      = fmt.Errorf("User %w", errNotFound)
 	errTagMismatch = errors.New("If-Match does not match")
 	errKeyReused   = errors.New("idempotency key was used for a different request")
 )
@@ -219,7 +220,8 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u, err := readUser(r.Context(), id, headerHas(r, "Cache-Control", "no-cache"))
+	caching := strings.ToLower(strings.Join(r.Header["Cache-Control"], ","))
+	u, err := readUser(r.Context(), id, strings.Contains(caching, "no-cache"))
 	if err != nil {
 		return err
 	}
