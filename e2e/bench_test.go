@@ -28,10 +28,9 @@ type variant struct {
 // the median of its ratios to the first one in the same round: ratios last, unlike the absolute figures of a machine. The
 // order is random, since a variant leaves garbage and a table to flush for the next one. -benchtime is 1x.
 func compare(b *testing.B, clients int, variants []variant) {
-	const rounds = 15
 	rates, ratios := make([][]float64, len(variants)), make([][]float64, len(variants))
 	for b.Loop() {
-		for round := range rounds + 1 {
+		for round := range 16 {
 			rate := make([]float64, len(variants))
 			for _, i := range rand.Perm(len(variants)) {
 				rate[i] = rateOf(b, clients, variants[i].do)
@@ -67,12 +66,14 @@ func rateOf(b *testing.B, clients int, do func() (int, error)) float64 {
 	return float64(rows.Load()) / time.Since(start).Seconds()
 }
 
-// over returns a variant that sends a request, to a user of random id if it ends in a slash, and reads the response.
+func anyUser() gocql.UUID { return userID(rand.IntN(1000)) }
+
+// over returns a variant that sends a request and reads the response. A request that ends in a slash is for any user.
 func over(name, url, request, body string, rows int, headers ...string) variant {
 	return variant{name, func() (int, error) {
 		target := request
 		if target[len(target)-1] == '/' {
-			target += userID(rand.IntN(1000)).String()
+			target += anyUser().String()
 		}
 		r, err := client.Do(newRequest(target, url, body, headers))
 		if err != nil {
@@ -86,110 +87,98 @@ func over(name, url, request, body string, rows int, headers ...string) variant 
 	}}
 }
 
-// bare does the service's work with nothing but the driver.
-type bare struct{ table string }
+// table does the service's work with nothing but the driver.
+type table string
 
-func (t bare) get(id gocql.UUID) (u user, err error) {
-	var created, updated time.Time
-	query := `SELECT id, name, email, age, created_at, updated_at FROM ` + t.table + ` WHERE id = ?`
-	return u, admin.Query(query, id).Scan(&id, &u.Name, &u.Email, &u.Age, &created, &updated)
-}
-
-func (t bare) post(n int) error {
-	batch := admin.NewBatch(gocql.LoggedBatch)
-	for range n {
-		batch.Query(`INSERT INTO `+t.table+` (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`,
-			gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now())
-	}
-	if n == 1 {
-		return admin.Query(batch.Entries[0].Stmt, batch.Entries[0].Args...).Exec()
-	}
-	return admin.ExecuteBatch(batch)
-}
-
-func (t bare) put(id gocql.UUID) error {
-	if _, err := t.get(id); err != nil {
-		return err
-	}
-	query := `UPDATE ` + t.table + ` SET name = ?, email = ?, age = ?, updated_at = ? WHERE id = ? IF EXISTS`
-	_, err := admin.Query(query, "Ada Lovelace", "ada@example.com", 36, time.Now(), id).ScanCAS()
-	return err
-}
-
-func (t bare) scan(pageSize, most int) (rows int, err error) {
+// scan reads so many users of a query, with a paging size.
+func (t table) scan(where string, pageSize, most int, values ...any) (rows int, err error) {
 	var id gocql.UUID
-	var u user
+	var name, email string
+	var age int
 	var created, updated time.Time
-	it := admin.Query(`SELECT id, name, email, age, created_at, updated_at FROM ` + t.table).PageSize(pageSize).Iter()
-	for rows < most && it.Scan(&id, &u.Name, &u.Email, &u.Age, &created, &updated) {
+	query := `SELECT id, name, email, age, created_at, updated_at FROM ` + string(t) + where
+	it := admin.Query(query, values...).PageSize(pageSize).Iter()
+	for rows < most && it.Scan(&id, &name, &email, &age, &created, &updated) {
 		rows++
 	}
 	return rows, it.Close()
 }
 
+func (t table) get() (int, error) { return t.scan(` WHERE id = ?`, 1, 1, anyUser()) }
+
+func (t table) post() (int, error) {
+	return 1, admin.Query(`INSERT INTO `+string(t)+` (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`,
+		gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now()).Exec()
+}
+
+func (t table) put() (int, error) {
+	_, err := admin.Query(`UPDATE `+string(t)+` SET name = ?, email = ?, age = ?, updated_at = ? WHERE id = ? IF EXISTS`,
+		"Ada Lovelace", "ada@example.com", 36, time.Now(), anyUser()).ScanCAS()
+	return 1, err
+}
+
+func (t table) postBatch() (int, error) {
+	batch := admin.NewBatch(gocql.LoggedBatch)
+	for range 100 {
+		batch.Query(`INSERT INTO `+string(t)+` (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`,
+			gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now())
+	}
+	return 100, admin.ExecuteBatch(batch)
+}
+
 // startNaive serves users as one would at first: without deadlines, limits, ids, metrics and problem responses.
-func (t bare) startNaive(b *testing.B) (url string) {
+func (t table) startNaive(b *testing.B) (url string) {
+	handle := func(do func() (int, error)) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			var u user
+			json.NewDecoder(r.Body).Decode(&u)
+			if _, err := do(); err != nil {
+				http.Error(w, err.Error(), http.StatusInternalServerError)
+				return
+			}
+			json.NewEncoder(w).Encode(u)
+		}
+	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /users/{id}", func(w http.ResponseWriter, r *http.Request) {
-		if id, err := gocql.ParseUUID(r.PathValue("id")); err == nil {
-			u, _ := t.get(id)
-			json.NewEncoder(w).Encode(u)
-		}
-	})
-	mux.HandleFunc("POST /users", func(w http.ResponseWriter, r *http.Request) {
-		var u user
-		if json.NewDecoder(r.Body).Decode(&u) == nil && t.post(1) == nil {
-			json.NewEncoder(w).Encode(u)
-		}
-	})
+	mux.HandleFunc("GET /users/{id}", handle(t.get))
+	mux.HandleFunc("POST /users", handle(t.post))
 	server := httptest.NewServer(mux)
 	b.Cleanup(server.Close)
 	return server.URL
 }
 
-// BenchmarkService compares the service with the bare driver and a naive handler. Streams and lists come first, since the
-// others add users.
+// BenchmarkService compares the service with the bare driver and a naive handler. The last ones add users.
 func BenchmarkService(b *testing.B) {
 	const users = 200_000
 	s := startCommand(b, exec.Command(buildPlain()))
 	s.awaitHealthy(b, 15*time.Second)
 	seed(b, admin, s.keyspace, users)
-	t := bare{s.keyspace + ".users"}
+	t := table(s.keyspace + ".users")
 	naive := t.startNaive(b)
-	one := func(do func(id gocql.UUID) error) func() (int, error) {
-		return func() (int, error) { return 1, do(userID(rand.IntN(1000))) }
-	}
-	for _, fetchSize := range []int{100, 1000, 5000} {
-		b.Run(fmt.Sprintf("streams/page=%d", fetchSize), func(b *testing.B) {
-			stream := fmt.Sprint("GET /users/stream?fetch_size=", fetchSize)
-			compare(b, 1, []variant{
-				{"bare", func() (int, error) { return t.scan(fetchSize, math.MaxInt) }},
-				over("http", s.url, stream, "", users), over("limit", s.url, stream+"&limit=100000", "", 100_000),
-			})
+	for _, size := range []int{100, 1000, 5000} {
+		stream := fmt.Sprint("GET /users/stream?fetch_size=", size)
+		b.Run(fmt.Sprint("streams/page=", size), func(b *testing.B) {
+			compare(b, 1, []variant{{"bare", func() (int, error) { return t.scan("", size, math.MaxInt) }},
+				over("http", s.url, stream, "", users), over("limit", s.url, stream+"&limit=100000", "", 100_000)})
 		})
 	}
 	for _, work := range []struct {
 		name     string
 		variants []variant
 	}{
-		{"lists", []variant{{"bare", func() (int, error) { return t.scan(100, 100) }}, over("http", s.url, "GET /users?limit=100", "", 100)}},
-		{"reads", []variant{
-			{"bare", one(func(id gocql.UUID) error { _, err := t.get(id); return err })}, over("naive", naive, "GET /users/", "", 1),
-			over("http", s.url, "GET /users/", "", 1), over("no-cache", s.url, "GET /users/", "", 1, "Cache-Control: no-cache"),
-		}},
-		{"updates", []variant{
-			{"bare", one(t.put)}, over("http", s.url, "PUT /users/", ada, 1), over("if-match", s.url, "PUT /users/", ada, 1, "If-Match: *"),
-		}},
-		{"creates", []variant{
-			{"bare", one(func(gocql.UUID) error { return t.post(1) })}, over("naive", naive, "POST /users", ada, 1),
-			over("http", s.url, "POST /users", ada, 1), {"key", func() (int, error) {
-				return over("key", s.url, "POST /users", ada, 1, "Idempotency-Key: "+uuid.NewString()).do()
-			}},
-		}},
-		{"batches", []variant{{"bare", func() (int, error) { return 100, t.post(100) }}, over("http", s.url, "POST /users/batch", batchOf(100, ada), 100)}},
+		{"lists", []variant{{"bare", func() (int, error) { return t.scan("", 100, 100) }}, over("http", s.url, "GET /users?limit=100", "", 100)}},
+		{"reads", []variant{{"bare", t.get}, over("naive", naive, "GET /users/", "", 1), over("http", s.url, "GET /users/", "", 1),
+			over("no-cache", s.url, "GET /users/", "", 1, "Cache-Control: no-cache")}},
+		{"updates", []variant{{"bare", t.put}, over("http", s.url, "PUT /users/", ada, 1),
+			over("if-match", s.url, "PUT /users/", ada, 1, "If-Match: *")}},
+		{"creates", []variant{{"bare", t.post}, over("naive", naive, "POST /users", ada, 1), over("http", s.url, "POST /users", ada, 1),
+			{"key", func() (int, error) {
+				return over("", s.url, "POST /users", ada, 1, "Idempotency-Key: "+uuid.NewString()).do()
+			}}}},
+		{"batches", []variant{{"bare", t.postBatch}, over("http", s.url, "POST /users/batch", batchOf(100, ada), 100)}},
 	} {
 		for _, clients := range []int{1, 32, 128} {
-			b.Run(fmt.Sprintf("%s/clients=%d", work.name, clients), func(b *testing.B) { compare(b, clients, work.variants) })
+			b.Run(fmt.Sprint(work.name, "/clients=", clients), func(b *testing.B) { compare(b, clients, work.variants) })
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -49,17 +50,19 @@ func runTests(m *testing.M) int {
 		conn.Close()
 		admin, err = connect(cassandraAddress())
 	}
+	if err == nil {
+		binaries, err = os.MkdirTemp("", "e2e-")
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%v\nThe tests need a Cassandra. This command starts one: go run ./cassandra go test ./...\n", err)
 		return 1
 	}
-	defer admin.Close()
-	defer dropKeyspaces()
-	if binaries, err = os.MkdirTemp("", "e2e-"); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
 	defer os.RemoveAll(binaries)
+	defer func() {
+		for i := range keyspaces.Load() {
+			admin.Query(fmt.Sprintf("DROP KEYSPACE IF EXISTS e2e_%d_%d", os.Getpid(), i+1)).Exec()
+		}
+	}()
 	for _, pattern := range []string{"../*.go", "../go.mod", "../README.md", "../docs/*", "../cassandra/*"} {
 		files, _ := filepath.Glob(pattern)
 		for _, name := range files {
@@ -101,7 +104,7 @@ var (
 type service struct {
 	*exec.Cmd
 	url      string
-	keyspace string
+	keyspace string // by default
 	logFile  string
 	exited   context.Context // done at the exit; ProcessState is set then
 }
@@ -109,20 +112,13 @@ type service struct {
 // start runs the service with settings such as MAX_IN_FLIGHT=5 and waits until it listens. By default it has a free port
 // and a new keyspace. It is killed after the test if it is still running.
 func start(t testing.TB, settings ...string) *service {
-	t.Helper()
 	return startCommand(t, exec.Command(buildService()), settings...)
 }
 
 func startCommand(t testing.TB, cmd *exec.Cmd, settings ...string) *service {
-	t.Helper()
 	exited, exit := context.WithCancel(context.Background())
 	s := &service{Cmd: cmd, keyspace: newKeyspace(), logFile: filepath.Join(t.TempDir(), "log"), exited: exited}
-	s.Env = append(append(os.Environ(), "ADDR=127.0.0.1:0", inKeyspace+s.keyspace), settings...)
-	for _, setting := range settings {
-		if name, ok := strings.CutPrefix(setting, inKeyspace); ok {
-			s.keyspace = name
-		}
-	}
+	s.Env = append(append(os.Environ(), "ADDR="+anyPort, inKeyspace+s.keyspace), settings...)
 	stderr, err := os.Create(s.logFile)
 	if err != nil {
 		t.Fatal(err)
@@ -157,7 +153,6 @@ func startCommand(t testing.TB, cmd *exec.Cmd, settings ...string) *service {
 
 // startHealthy starts the service and waits until it is connected to Cassandra.
 func startHealthy(t testing.TB, settings ...string) *service {
-	t.Helper()
 	s := start(t, settings...)
 	s.awaitHealthy(t, 30*time.Second)
 	return s
@@ -277,7 +272,6 @@ const (
 
 // createUser returns the path of a new user.
 func (s *service) createUser(t testing.TB) string {
-	t.Helper()
 	r := s.do("POST /users", ada)
 	want(t, r, 201)
 	return r.header.Get("Location")
@@ -305,19 +299,16 @@ type metrics struct {
 }
 
 func (s *service) metrics(t testing.TB) metrics {
-	t.Helper()
 	return decode[metrics](t, s.do("GET /metrics", ""), 200)
 }
 
 // awaitInFlight waits until n requests are active besides the one that reads the metrics.
 func (s *service) awaitInFlight(t testing.TB, n int) {
-	t.Helper()
 	await(t, 10*time.Second, fmt.Sprint("handling ", n), func() bool { return s.metrics(t).InFlight == n+1 })
 }
 
 // awaitQuiet waits until goroutines, connections and streams are back to the levels in m.
 func (s *service) awaitQuiet(t testing.TB, m metrics) {
-	t.Helper()
 	await(t, 20*time.Second, fmt.Sprintf("back to %+v", m), func() bool {
 		client.CloseIdleConnections()
 		now := s.metrics(t)
@@ -327,7 +318,6 @@ func (s *service) awaitQuiet(t testing.TB, m metrics) {
 
 // wantMemory checks the largest resident size of the process so far.
 func (s *service) wantMemory(t testing.TB, megabytes int) {
-	t.Helper()
 	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Process.Pid))
 	peak := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)
 	if peak == nil {
@@ -341,7 +331,6 @@ func (s *service) wantMemory(t testing.TB, megabytes int) {
 
 // dial sends a raw request and reads n bytes of the response. A small buffer leaves the rest to the service.
 func (s *service) dial(t testing.TB, request string, n int64) *net.TCPConn {
-	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 	if err != nil {
 		t.Fatal(err)
@@ -384,6 +373,13 @@ func cassandraAddress() string {
 	return net.JoinHostPort(host, cmp.Or(os.Getenv("CASSANDRA_PORT"), "9042"))
 }
 
+// closedAddress is an address at which nothing listens.
+func closedAddress() string {
+	listener, _ := net.Listen("tcp", anyPort)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
 // cassandraAt makes a service connect to Cassandra at host:port.
 func cassandraAt(addr string) []string {
 	host, port, _ := net.SplitHostPort(addr)
@@ -406,26 +402,13 @@ var keyspaces atomic.Int64
 // newKeyspace names a keyspace that is dropped after all tests.
 func newKeyspace() string { return fmt.Sprintf("e2e_%d_%d", os.Getpid(), keyspaces.Add(1)) }
 
-func dropKeyspaces() {
-	for i := range keyspaces.Load() {
-		if err := admin.Query(fmt.Sprintf("DROP KEYSPACE IF EXISTS e2e_%d_%d", os.Getpid(), i+1)).Exec(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-		}
-	}
-}
-
-// userID is the id of the i-th seeded user.
-func userID(i int) gocql.UUID {
-	id := uuid.NewSHA1(uuid.Nil, strconv.AppendInt(nil, int64(i), 10))
-	id[6] = id[6]&0x0f | 0x40 // version 4
-	return gocql.UUID(id)
-}
+// userID and seededAge are the id and the age of the i-th seeded user.
+func userID(i int) gocql.UUID { return gocql.UUID(uuid.NewSHA1(uuid.Nil, fmt.Append(nil, i))) }
 
 func seededAge(i int) int { return i % 100 }
 
 // seed writes n users past the service. Their names are their numbers in 100 digits: a thousand are a quarter of a megabyte.
 func seed(t testing.TB, db *gocql.Session, keyspace string, n int) {
-	t.Helper()
 	insert, now := "INSERT INTO "+keyspace+".users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)", time.Now()
 	inBatches(t, db, n, func(b *gocql.Batch, i int) {
 		b.Query(insert, userID(i), fmt.Sprintf("%0100d", i), fmt.Sprintf("user%d@example.com", i), seededAge(i), now, now)
@@ -434,7 +417,6 @@ func seed(t testing.TB, db *gocql.Session, keyspace string, n int) {
 
 // inBatches executes n statements in unlogged batches, which is several times as fast as one at a time.
 func inBatches(t testing.TB, db *gocql.Session, n int, add func(b *gocql.Batch, i int)) {
-	t.Helper()
 	const size = 50
 	var next atomic.Int64
 	concurrently(8, func(int) {
@@ -459,7 +441,6 @@ var crowd struct {
 
 // useCrowd returns the setting for a keyspace of crowdSize seeded users that no test changes.
 func useCrowd(t testing.TB) string {
-	t.Helper()
 	crowd.once.Do(func() {
 		crowd.keyspace = startHealthy(t).keyspace
 		seed(t, admin, crowd.keyspace, crowdSize)
@@ -469,36 +450,30 @@ func useCrowd(t testing.TB) string {
 
 // proxy stands between a service and Cassandra and can fail as networks do.
 type proxy struct {
-	net.Listener
+	addr   string
 	delay  time.Duration // in each direction
 	silent atomic.Bool   // all bytes are dropped
 	credit atomic.Int64  // bytes that still pass; the others wait
 	conns  sync.Map      // net.Conn to bool: whether its bytes are dropped
 }
 
-// listen listens on an address until the test ends.
-func listen(t testing.TB, addr string) net.Listener {
-	t.Helper()
+const anyPort = "127.0.0.1:0"
+
+// startProxy starts a proxy to the tests' Cassandra, with TLS if certificates are given.
+func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...tls.Certificate) *proxy {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { listener.Close() })
-	return listener
-}
-
-// closedAddress is an address at which nothing listens.
-func closedAddress(t testing.TB) string {
-	listener := listen(t, "127.0.0.1:0")
-	defer listener.Close()
-	return listener.Addr().String()
-}
-
-// startProxy starts a proxy to the tests' Cassandra.
-func startProxy(t testing.TB, listener net.Listener, delay time.Duration) *proxy {
-	p := &proxy{Listener: listener, delay: delay}
+	if certificates != nil {
+		listener = tls.NewListener(listener, &tls.Config{Certificates: certificates})
+	}
+	p := &proxy{addr: listener.Addr().String(), delay: delay}
 	p.credit.Store(math.MaxInt64)
-	t.Cleanup(p.cut)
+	t.Cleanup(func() {
+		listener.Close()
+		p.cut()
+	})
 	go func() {
 		for {
 			client, err := listener.Accept()
@@ -521,9 +496,8 @@ func startProxy(t testing.TB, listener net.Listener, delay time.Duration) *proxy
 
 // startBehindProxy starts the service with a proxy in front of Cassandra.
 func startBehindProxy(t testing.TB, settings ...string) (*service, *proxy) {
-	t.Helper()
-	p := startProxy(t, listen(t, "127.0.0.1:0"), 0)
-	return startHealthy(t, append(settings, cassandraAt(p.Addr().String())...)...), p
+	p := startProxy(t, anyPort, 0)
+	return startHealthy(t, append(settings, cassandraAt(p.addr)...)...), p
 }
 
 // pump copies until either end fails.
@@ -580,7 +554,6 @@ type node struct {
 
 // startNode runs the launcher with flags such as "-restart", "3s".
 func startNode(t testing.TB, flags ...string) *node {
-	t.Helper()
 	n := &node{pidFile: filepath.Join(t.TempDir(), "pid")}
 	addrFile := n.pidFile + ".addr"
 	flags = append(flags, "-pid", n.pidFile, "sh", "-c", `echo $CASSANDRA_HOSTS:$CASSANDRA_PORT > "$0"; exec sleep 3600`, addrFile)
@@ -602,7 +575,6 @@ func startNode(t testing.TB, flags ...string) *node {
 
 // signal sends a signal such as "KILL" to a node, the first being 1.
 func (n *node) signal(t testing.TB, signal string, number int) {
-	t.Helper()
 	if out, err := exec.Command("sh", "-c", fmt.Sprintf("kill -%s $(sed -n %dp %s)", signal, number, n.pidFile)).CombinedOutput(); err != nil {
 		t.Errorf("signalling node %d: %v, %s", number, err, out)
 	}
@@ -610,7 +582,6 @@ func (n *node) signal(t testing.TB, signal string, number int) {
 
 // awaitResponse waits until the node at a host of the cluster responds to CQL, and returns a session.
 func (n *node) awaitResponse(t testing.TB, host string) (db *gocql.Session) {
-	t.Helper()
 	_, port, _ := net.SplitHostPort(n.addr)
 	await(t, 3*time.Minute, "responding at "+host, func() bool {
 		var err error
