@@ -104,7 +104,7 @@ func TestShutdownTimeoutAbortsStreams(t *testing.T) {
 func TestProbesDoNotDelayDrain(t *testing.T) {
 	t.Parallel()
 	s, proxy := startBehindProxy(t, useCrowd(t))
-	proxy.silent.Store(true)
+	proxy.credit.Store(0)
 	for _, path := range []string{"/health", "/health", "/", "/metrics"} {
 		go func() {
 			for s.do("GET "+path, "").err == nil {

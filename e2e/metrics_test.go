@@ -51,7 +51,7 @@ func TestMetricsAreWhatHappened(t *testing.T) {
 	if c := before.Cassandra; !c.Connected || c.Hosts != 1 || c.Session != 1 || before.Connections.Open < 2 || before.Memory < 1<<20 {
 		t.Errorf("metrics = %+v", before)
 	}
-	proxy.silent.Store(true)
+	proxy.credit.Store(0)
 	want(t, s.do("GET "+missingUser, "", "X-Request-Timeout: 0.2"), 504)
 	expect("GET /users/{id}", "504", 1, 1)
 	s.awaitInFlight(t, 0)

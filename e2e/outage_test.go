@@ -1,14 +1,11 @@
 package e2e
 
 import (
-	"crypto/ed25519"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"math/big"
+	"math"
 	"math/rand/v2"
-	"net"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -113,27 +110,15 @@ func TestSettingsOfACluster(t *testing.T) {
 	}
 }
 
-// selfSigned returns a certificate for 127.0.0.1 that is its own CA, and its file.
-func selfSigned(t testing.TB) (tls.Certificate, string) {
-	t.Helper()
-	public, private, _ := ed25519.GenerateKey(nil)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	der, err := x509.CreateCertificate(nil, template, template, public, private)
-	file := filepath.Join(t.TempDir(), "ca.pem")
-	if err != nil || os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600) != nil {
-		t.Fatal("no certificate:", err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: private}, file
-}
-
 func TestTLSIsVerified(t *testing.T) {
 	t.Parallel()
-	certificate, ca := selfSigned(t)
-	_, otherCA := selfSigned(t)
-	at := cassandraAt(startProxy(t, anyPort, 0, certificate).addr)
-	startHealthy(t, append(at, "CASSANDRA_TLS_CA="+ca)...)
-	start(t, append(at, "CASSANDRA_TLS_CA="+otherCA)...).awaitRefusal(t, "certificate signed by unknown authority")
+	server := httptest.NewTLSServer(nil) // its certificate is for 127.0.0.1 and its own CA
+	defer server.Close()
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600)
+	at := append(cassandraAt(startProxy(t, anyPort, 0, server.TLS.Certificates...).addr), "CASSANDRA_TLS_CA="+ca)
+	startHealthy(t, at...)
+	start(t, append(at, "CASSANDRA_HOSTS=localhost")...).awaitRefusal(t, "certificate is valid for example.com, *.example.com, not localhost")
 }
 
 // awaitRefusal waits until the log says why the service cannot connect.
@@ -148,7 +133,7 @@ func (s *service) awaitRefusal(t testing.TB, reason string) {
 func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
 	s, proxy := startBehindProxy(t)
 	before := s.metrics(t)
-	proxy.silent.Store(true)
+	proxy.credit.Store(0)
 	wantWithin := func(r response, status int, least, most time.Duration) {
 		if !want(t, r, status) || r.took < least || r.took > most {
 			t.Errorf("%s; want it after %s to %s", r, least, most)
@@ -166,7 +151,7 @@ func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
 	wantWithin(s.do("GET /", ""), 200, 0, 300*time.Millisecond)
 	wantWithin(s.do("GET /metrics", ""), 200, 0, 300*time.Millisecond)
 	others.Wait()
-	proxy.silent.Store(false)
+	proxy.credit.Store(math.MaxInt64)
 	t.Parallel() // the rest waits until the service closes the old session
 	s.awaitHealthy(t, 15*time.Second)
 	s.awaitQuiet(t, before)
@@ -339,6 +324,7 @@ func TestOnlyNodeFails(t *testing.T) {
 func TestThreeNodes(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-nodes", "3", "-restart", "10s")
+	n.awaitResponse(t, "127.0.0.3") // the last one
 	settings := append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")
 	s := startHealthy(t, settings...)
 	l := startLoad(t, s, 4)

@@ -125,26 +125,22 @@ func TestConditionalEditsLoseNoAddition(t *testing.T) {
 	}
 }
 
-func TestConcurrentPatchesOfDifferentFields(t *testing.T) {
+func TestConcurrentPatches(t *testing.T) {
 	both := startTwo(t)
+	path := both[0].createUser(t)
 	for range 20 {
 		path, patches := both[0].createUser(t), []string{`"name":"Eve"`, `"email":"eve@example.com"`, `"age":77`}
 		concurrently(3, func(i int) { want(t, both[i%2].do("PATCH "+path, "{"+patches[i]+"}"), 200) })
 		want(t, both[0].do("GET "+path, ""), 200, strings.Join(patches, ","))
 	}
-}
-
-func TestHotUser(t *testing.T) {
-	both := startTwo(t)
-	path := both[0].createUser(t)
 	concurrently(64, func(i int) {
 		for age := range 10 {
 			both[i%2].do("PATCH "+path, fmt.Sprintf(`{"age":%d}`, age))
 		}
 	})
-	applied, late := both.count(t, "PATCH /users/{id}", "200"), both.count(t, "PATCH /users/{id}", "504")
+	applied, late := both.count(t, "PATCH /users/{id}", "200")-60, both.count(t, "PATCH /users/{id}", "504")
 	if applied+late != 640 || late > 32 {
-		t.Errorf("%d of 640 are 200 and %d are 504, want at most 32 of these", applied, late)
+		t.Errorf("of 640 PATCHes of one user %d are 200 and %d are 504, want at most 32 of these", applied, late)
 	}
 }
 
