@@ -108,24 +108,26 @@ func (t table) scan(where string, pageSize, most int, values ...any) (rows int, 
 
 func (t table) get() (int, error) { return t.scan(` WHERE id = ?`, 1, 1, anyUser()) }
 
-func (t table) post() (int, error) {
-	return 1, admin.Query(`INSERT INTO `+string(t)+` (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`,
-		gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now()).Exec()
+func (t table) insert() *gocql.Query {
+	return admin.Query(`INSERT INTO `+string(t)+` (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`,
+		gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now())
+}
+
+func (t table) post() (int, error) { return 1, t.insert().Exec() }
+
+func (t table) postBatch() (int, error) {
+	batch := admin.NewBatch(gocql.LoggedBatch)
+	for range 100 {
+		insert := t.insert()
+		batch.Query(insert.Statement(), insert.Values()...)
+	}
+	return 100, admin.ExecuteBatch(batch)
 }
 
 func (t table) put() (int, error) {
 	_, err := admin.Query(`UPDATE `+string(t)+` SET name = ?, email = ?, age = ?, updated_at = ? WHERE id = ? IF EXISTS`,
 		"Ada Lovelace", "ada@example.com", 36, time.Now(), anyUser()).ScanCAS()
 	return 1, err
-}
-
-func (t table) postBatch() (int, error) {
-	batch := admin.NewBatch(gocql.LoggedBatch)
-	for range 100 {
-		batch.Query(`INSERT INTO `+string(t)+` (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)`,
-			gocql.UUID(uuid.New()), "Ada Lovelace", "ada@example.com", 36, time.Now(), time.Now())
-	}
-	return 100, admin.ExecuteBatch(batch)
 }
 
 // startNaive serves users as one would at first: without deadlines, limits, ids, metrics and problem responses.

@@ -68,7 +68,7 @@ func TestMain(m *testing.M) {
 }
 
 func needsLong(t testing.TB) {
-	if t.Helper(); !*long {
+	if !*long {
 		t.Skip("takes minutes; run with -long")
 	}
 }
@@ -183,22 +183,18 @@ func (r response) String() string {
 var client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 4000}}
 
 // do sends a request such as "GET /users" with headers such as "Accept: text/plain". By default the body is JSON.
-func (s *service) do(request, body string, headers ...string) (r response) {
-	r.request = request
+func (s *service) do(request, body string, headers ...string) response {
 	start := time.Now()
-	defer func() { r.took = time.Since(start) }()
 	got, err := client.Do(newRequest(request, s.url, body, headers))
 	if err != nil {
-		r.err = err
-		return r
+		return response{request: request, took: time.Since(start), err: err}
 	}
 	defer got.Body.Close()
 	if got.Close { // net/http removes the header
 		got.Header.Set("Connection", "close")
 	}
 	text, err := io.ReadAll(got.Body)
-	r.status, r.header, r.body, r.err = got.StatusCode, got.Header, string(text), err
-	return r
+	return response{request, got.StatusCode, got.Header, string(text), time.Since(start), err}
 }
 
 func newRequest(request, url, body string, headers []string) *http.Request {
@@ -318,7 +314,7 @@ func (s *service) dial(t testing.TB, request string, n int64) net.Conn {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(5 * time.Minute))
-	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	conn.(*net.TCPConn).SetReadBuffer(128 << 10)
 	io.WriteString(conn, request)
 	io.CopyN(io.Discard, conn, n)
 	return conn
@@ -380,16 +376,20 @@ var keyspaces atomic.Int64
 // newKeyspace names a keyspace that is dropped after all tests.
 func newKeyspace() string { return fmt.Sprintf("e2e_%d_%d", os.Getpid(), keyspaces.Add(1)) }
 
-// userID and seededAge are the id and the age of the i-th seeded user.
+// userID is the id of the i-th seeded user.
 func userID(i int) gocql.UUID { return gocql.UUID(uuid.NewSHA1(uuid.Nil, fmt.Append(nil, i))) }
 
-func seededAge(i int) int { return i % 100 }
+// seeded is the i-th seeded user. Its name is its number in 100 digits: a thousand users are a quarter of a megabyte.
+func seeded(i int) user {
+	return user{userID(i).String(), fmt.Sprintf("%0100d", i), fmt.Sprintf("user%d@example.com", i), i % 100}
+}
 
-// seed writes n users past the service. Their names are their numbers in 100 digits: a thousand are a quarter of a megabyte.
+// seed writes n users past the service.
 func seed(t testing.TB, db *gocql.Session, keyspace string, n int) {
 	insert, now := "INSERT INTO "+keyspace+".users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)", time.Now()
 	inBatches(t, db, n, func(b *gocql.Batch, i int) {
-		b.Query(insert, userID(i), fmt.Sprintf("%0100d", i), fmt.Sprintf("user%d@example.com", i), seededAge(i), now, now)
+		u := seeded(i)
+		b.Query(insert, userID(i), u.Name, u.Email, u.Age, now, now)
 	})
 }
 
@@ -449,15 +449,11 @@ func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...
 		p.cut()
 	})
 	go func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
+		for client, err := listener.Accept(); err == nil; client, err = listener.Accept() {
 			server, err := net.Dial("tcp", cassandraAddress())
 			if err != nil {
-				client.Close()
-				continue
+				t.Error(err)
+				return
 			}
 			go p.pump(client, server)
 			go p.pump(server, client)
