@@ -50,9 +50,10 @@ const (
 const insertAge = 24 * time.Hour
 
 // userColumns are the columns of every statement, in the order of user.columns.
-const userColumns = `id, created_at, updated_at, name, email, age`
+const userColumns = `id, created_at, updated_at, ` + userFieldColumns
 
 const (
+	userFieldColumns = `name, email, age` // those that a client may set
 	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users
 		(id uuid PRIMARY KEY, created_at timestamp, updated_at timestamp, name text, email text, age int)`
 	insertUser  = `INSERT INTO users (` + userColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
@@ -71,8 +72,8 @@ const (
 // usersTable is what a scan needs to know of the users table.
 var usersTable = &table{
 	name:        "users",
-	selectRange: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ?`,
-	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ? AND age >= ?
+	selectRange: `SELECT ` + userColumns + ` FROM users WHERE token(id) > ? AND token(id) <= ?`,
+	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) > ? AND token(id) <= ? AND age >= ?
 		ALLOW FILTERING`,
 	newRow: func() row { return new(user) },
 }
@@ -114,14 +115,7 @@ var userFields = []struct {
 		func(u *user, v json.RawMessage) bool { return readInteger(v, &u.Age) && 0 <= u.Age && u.Age <= maxAge }},
 }
 
-var userFieldNames = func() string { // "name, email and age"
-	var names []string
-	for _, f := range userFields {
-		names = append(names, f.name)
-	}
-	last := len(names) - 1
-	return strings.Join(names[:last], ", ") + " and " + names[last]
-}()
+var userFieldNames = regexp.MustCompile(`, (\w+)$`).ReplaceAllString(userFieldColumns, " and $1")
 
 // newUsers returns n users with new ids and the current time.
 func newUsers(n int) []user {
@@ -232,17 +226,12 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusOK, &u)
 }
 
-// putUser handles PUT /users/{id}.
-func putUser(w http.ResponseWriter, r *http.Request) error {
-	return editUser(w, r, true, "application/json")
-}
-
-// patchUser handles PATCH /users/{id}.
-func patchUser(w http.ResponseWriter, r *http.Request) error {
-	return editUser(w, r, false, "application/json", "application/merge-patch+json")
-}
-
-func editUser(w http.ResponseWriter, r *http.Request, replace bool, mediaTypes ...string) error {
+// editUser handles PUT and PATCH /users/{id}.
+func editUser(w http.ResponseWriter, r *http.Request) error {
+	mediaTypes, replace := []string{"application/json", "application/merge-patch+json"}, r.Method == http.MethodPut
+	if replace {
+		mediaTypes = mediaTypes[:1]
+	}
 	id, err := pathID(r)
 	if err != nil {
 		return err
@@ -299,19 +288,18 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 	if replayed {
 		w.Header().Set("Idempotency-Replayed", "true")
 	}
-	if u := &users[0]; kind == insert {
-		query := currentSession().Query(insertUser, u.columns()...).WithContext(r.Context())
-		return queryErrorf(insert, query.RoutingKey(u.ID[:]).WithTimestamp(u.stamp()).Exec(), "inserting user %s", u.ID)
+	u, db := &users[0], currentSession()
+	stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
+	if kind == insert {
+		query := db.Query(insertUser, u.columns()...).WithContext(r.Context()).RoutingKey(u.ID[:])
+		return queryErrorf(insert, query.WithTimestamp(stamp).Exec(), "inserting user %s", u.ID)
 	}
-	batch := currentSession().NewBatch(gocql.LoggedBatch).WithContext(r.Context()).WithTimestamp(users[0].stamp())
+	batch := db.NewBatch(gocql.LoggedBatch).WithContext(r.Context()).WithTimestamp(stamp)
 	for i := range users {
 		batch.Query(insertUser, users[i].columns()...)
 	}
-	return queryErrorf(batchInsert, currentSession().ExecuteBatch(batch), "inserting a batch of %d users", len(users))
+	return queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
 }
-
-// stamp returns the timestamp of the user's INSERT in microseconds.
-func (u *user) stamp() int64 { return time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro() }
 
 // recordKey records ids and time of the users under an idempotency key, or gives
 // the users those of the first request with that key. Without a key it does
@@ -325,16 +313,18 @@ func recordKey(ctx context.Context, key string, kind queryKind, users []user) (r
 		return false, err
 	}
 	defer turn.leave()
-	ids := make([]gocql.UUID, len(users))
+	ids, text := make([]gocql.UUID, len(users)), []byte{byte(kind)}
 	for i, u := range users {
 		ids[i] = gocql.UUID(u.ID)
+		u.ID, u.CreatedAt, u.UpdatedAt = uuid.Nil, 0, 0
+		text = u.appendJSON(text) // what the client sent
 	}
-	sum, first := fingerprint(kind, users), map[string]any{}
-	query := currentSession().Query(insertKey, key, users[0].CreatedAt, sum, ids).WithContext(ctx).RoutingKey([]byte(key))
-	if applied, err := query.MapScanCAS(first); applied || err != nil {
+	fingerprint, first := sha256.Sum256(text), map[string]any{}
+	query := currentSession().Query(insertKey, key, users[0].CreatedAt, fingerprint[:], ids).WithContext(ctx)
+	if applied, err := query.RoutingKey([]byte(key)).MapScanCAS(first); applied || err != nil {
 		return false, queryErrorf(kind, err, "recording an idempotency key")
 	}
-	if !bytes.Equal(first["fingerprint"].([]byte), sum) {
+	if !bytes.Equal(first["fingerprint"].([]byte), fingerprint[:]) {
 		return false, errKeyReused
 	}
 	recorded, created := first["ids"].([]gocql.UUID), first["created_at"].(time.Time).UnixMilli()
@@ -342,17 +332,6 @@ func recordKey(ctx context.Context, key string, kind queryKind, users []user) (r
 		users[i].ID, users[i].CreatedAt, users[i].UpdatedAt = uuid.UUID(recorded[i]), created, created
 	}
 	return recorded[0] != ids[0], nil // equal ids: the driver's second attempt of the same INSERT
-}
-
-// fingerprint returns a hash of what a client sent.
-func fingerprint(kind queryKind, users []user) []byte {
-	text := []byte{byte(kind)}
-	for _, u := range users {
-		u.ID, u.CreatedAt, u.UpdatedAt = uuid.Nil, 0, 0
-		text = u.appendJSON(text)
-	}
-	sum := sha256.Sum256(text)
-	return sum[:]
 }
 
 // readUser returns a user or errNoUser. A linearizable read first settles a
@@ -434,32 +413,29 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+userFieldNames)}
 	}
-	seen, missing := map[string]bool{}, 0
+	seen, given := map[string]bool{}, 0
 	for name, value := range members(object) {
-		pointer := at + "/" + pointerEscaper.Replace(name)
-		switch {
-		case len(errs) >= maxErrors:
+		if len(errs) >= maxErrors {
 			return errs
-		case len(name) > maxMemberName:
-			errs = append(errs, inBody(at, fmt.Sprintf("has a member name of more than %d bytes", maxMemberName)))
-		case seen[name]:
-			errs = append(errs, inBody(pointer, "appears more than once"))
-		default:
-			seen[name] = true
-			if rule := u.setField(name, value); rule != "" {
-				errs = append(errs, inBody(pointer, rule))
-			}
+		}
+		pointer, rule := at+"/"+pointerEscaper.Replace(name), u.setField(name, value)
+		if len(name) > maxMemberName {
+			pointer, rule = at, fmt.Sprintf("has a member name of more than %d bytes", maxMemberName)
+		} else if seen[name] {
+			rule = "appears more than once"
+		}
+		if seen[name] = true; rule != "" {
+			errs = append(errs, inBody(pointer, rule))
 		}
 	}
 	for _, f := range userFields {
-		if !seen[f.name] {
-			missing++
-		}
-		if all && !seen[f.name] && !f.set(u, json.RawMessage("null")) { // an optional field accepts null
+		if seen[f.name] {
+			given++
+		} else if all && !f.set(u, json.RawMessage("null")) { // an optional field accepts null
 			errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
 		}
 	}
-	if errs == nil && missing == len(userFields) {
+	if errs == nil && given == 0 {
 		errs = append(errs, inBody(at, "must have at least one of "+userFieldNames))
 	}
 	return errs
@@ -472,10 +448,11 @@ func (u *user) setField(name string, value json.RawMessage) (rule string) {
 		return ""
 	}
 	for _, f := range userFields {
-		if f.name == name && f.set(u, value) {
+		switch {
+		case f.name != name:
+		case f.set(u, value):
 			return ""
-		}
-		if f.name == name {
+		default:
 			return f.rule
 		}
 	}
@@ -548,8 +525,7 @@ func isAddress(text string) bool {
 		return false
 	}
 	address, err := mail.ParseAddress(text)
-	isInvisible := func(r rune) bool { return !isVisible(r) }
-	return err == nil && address.Address == text && !strings.ContainsFunc(text, isInvisible)
+	return err == nil && address.Address == text && strings.TrimLeftFunc(text, isVisible) == ""
 }
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
@@ -582,22 +558,16 @@ func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldEr
 // etag returns the user's entity tag, which every change changes.
 func (u *user) etag() string { return fmt.Sprintf(`"%d"`, u.UpdatedAt) }
 
-// tagList is RFC 9110's list of entity tags.
-var tagList = regexp.MustCompile(`^\s*(\*|(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*)\s*$`)
+var (
+	entityTag = regexp.MustCompile(`(W/)?"[^"]*"`)
+	tagList   = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
+)
 
 // matches reports whether a list of entity tags has the tag or is *. A malformed
 // list has no tags.
 func matches(header []string, tag string) bool {
-	list := strings.Join(header, ",")
-	if !tagList.MatchString(list) {
-		return false
-	}
-	for item := range strings.SplitSeq(list, ",") {
-		if item = strings.TrimSpace(item); item == tag || item == "*" {
-			return true
-		}
-	}
-	return false
+	list := strings.TrimSpace(strings.Join(header, ","))
+	return list == "*" || tagList.MatchString(list) && slices.Contains(entityTag.FindAllString(list, -1), tag)
 }
 
 // setTag sets the ETag header, unless there is no user.
@@ -612,22 +582,14 @@ func writeUser(w http.ResponseWriter, status int, u *user) error {
 	return writeBody(w, status, "application/json", append(u.appendJSON(nil), '\n'))
 }
 
-func (u *user) key() uuid.UUID { return u.ID }
-
 // appendJSON appends the user as JSON: the same bytes in every response.
 func (u *user) appendJSON(b []byte) []byte {
-	b = append(b, `{"id":"`...)
-	b = append(b, u.ID.String()...)
-	b = append(b, `","name":`...)
-	b = appendString(b, u.Name)
-	b = append(b, `,"email":`...)
-	b = appendString(b, u.Email)
-	b = append(b, `,"age":`...)
-	b = strconv.AppendInt(b, int64(u.Age), 10)
-	b = append(b, `,"created_at":`...)
-	b = appendTime(b, u.CreatedAt)
-	b = append(b, `,"updated_at":`...)
-	b = appendTime(b, u.UpdatedAt)
+	b = append(append(b, `{"id":"`...), u.ID.String()...)
+	b = appendString(append(b, `","name":`...), u.Name)
+	b = appendString(append(b, `,"email":`...), u.Email)
+	b = strconv.AppendInt(append(b, `,"age":`...), int64(u.Age), 10)
+	b = appendTime(append(b, `,"created_at":`...), u.CreatedAt)
+	b = appendTime(append(b, `,"updated_at":`...), u.UpdatedAt)
 	return append(b, '}')
 }
 
@@ -649,9 +611,7 @@ func appendString(b []byte, text string) []byte {
 		plain = plain && c >= ' ' && c != '"' && c != '\\' && c != 0xE2 // 0xE2 begins U+2028 and U+2029
 	}
 	if plain {
-		b = append(b, '"')
-		b = append(b, text...)
-		return append(b, '"')
+		return append(append(append(b, '"'), text...), '"')
 	}
 	var quoted bytes.Buffer
 	encoder := json.NewEncoder(&quoted)
