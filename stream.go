@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -34,7 +35,6 @@ const (
 	maxFetch      = 5000    // rows; as JSON a page of the longest users then has 4 MB
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
 	minCount      = 100     // rows from which the density of a table is estimated
-	sampleSize    = 1000    // rows that are counted before a filtered scan
 	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
 	narrowing     = 16      // divides a slice for which Cassandra ran out of time
 	maxNarrowings = 3       // of one slice; after that the failure is returned
@@ -43,7 +43,6 @@ const (
 	unlimited     = math.MaxInt
 	listToken     = "list"   // the kind of page token of GET /users
 	streamToken   = "stream" // of GET /users/stream and /users/stream/pages
-	startAgain    = "; start again without page_state"
 )
 
 var streams = make(gate, maxStreams)
@@ -131,14 +130,10 @@ func (t *table) getPage(w http.ResponseWriter, r *http.Request) error {
 	next := "null"
 	if token := s.token(streamToken); s.more() {
 		next = strconv.Quote(token)
-		linkNext(w, fmt.Sprintf("%s?fetch_size=%d&page_state=%s", r.URL.Path, fetchSize, token))
+		w.Header().Set("Link", fmt.Sprintf(`<%s?fetch_size=%d&page_state=%s>; rel="next"`, r.URL.Path, fetchSize, token))
 	}
 	tail := fmt.Sprintf(`],"has_more":%t,"page_state":%s}`+"\n", s.more(), next)
 	return writeBody(w, http.StatusOK, "application/json", []byte(`{"`+t.name+`":[`), p.array(), []byte(tail))
-}
-
-func linkNext(w http.ResponseWriter, target string) {
-	w.Header().Set("Link", "<"+target+`>; rel="next"`)
 }
 
 // page is some rows of a scan as JSON, each with a newline behind it.
@@ -156,12 +151,11 @@ func (p page) array() []byte {
 	return bytes.TrimSuffix(p.json, []byte(","))
 }
 
-// scan is a resumable scan of a table in token order. Cassandra hashes each key
-// to a token above -2^63 and stores rows in the order of their tokens. Random keys
-// are spread evenly over all tokens. So a scan can be cut into slices of equal
-// width, and can resume behind any token, in a narrower slice if need be. A paging
-// state of Cassandra, which could be neither narrowed nor checked, never leaves
-// this file.
+// scan is a resumable scan of a table. Cassandra hashes each key to a token above
+// -2^63 and stores rows in the order of their tokens, over which random keys are
+// spread evenly. So a scan can be cut into slices of equal width, and can resume
+// behind any token, in a narrower slice if need be. Cassandra's paging state, which
+// can be neither narrowed nor checked, is not used.
 type scan struct {
 	*table
 	minAge   int    // 0: all rows
@@ -195,24 +189,17 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 		defer reading.Wait()
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		read := func(slice *scan) chan fetched {
-			next := make(chan fetched, 1)
-			reading.Go(func() {
-				p, err := slice.next(ctx, size)
-				next <- fetched{p, err, slice}
-			})
-			return next
-		}
 		rest, queue := *s, []chan fetched{}
 		for s.more() {
 			for rest.more() && len(queue) < maxPages {
-				queue = append(queue, read(rest.cut()))
+				slice := rest
+				slice.end, rest.from = rest.bound(), rest.bound()
+				queue = append(queue, slice.readAhead(ctx, size, &reading))
 			}
 			f, from := <-queue[0], s.from
-			queue = queue[1:]
 			if f.rows > s.left {
-				lines := bytes.SplitAfterN(f.json, []byte("\n"), s.left+1)
-				f.json, f.rows = bytes.TrimSuffix(f.json, lines[s.left]), s.left
+				beyond := bytes.SplitAfterN(f.json, []byte("\n"), s.left+1)[s.left]
+				f.page = page{bytes.TrimSuffix(f.json, beyond), s.left}
 			}
 			s.from, s.left, s.width, s.rowBytes = f.slice.from, s.left-f.rows, f.slice.width, f.slice.rowBytes
 			if !yield(f.page, f.err) || f.err != nil {
@@ -221,25 +208,26 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 			if s.width == 0 && f.rows >= minCount {
 				s.setWidth(from, f.rows, 1+s.pageSize(size)*4/5)
 			}
-			if len(queue) == 0 {
+			if len(queue) > 1 && f.slice.more() {
+				queue[0] = f.slice.readAhead(ctx, size, &reading)
+			} else if queue = queue[1:]; len(queue) == 0 {
 				rest = *s
-			} else if f.slice.more() {
-				queue = slices.Insert(queue, 0, read(f.slice))
 			}
 		}
 	}
 }
 
-// cut cuts the next slice off the scan.
-func (s *scan) cut() *scan {
-	slice := *s
-	slice.end = s.bound()
-	s.from = slice.end
-	return &slice
+// readAhead starts to read a page of a slice.
+func (s *scan) readAhead(ctx context.Context, size int, reading *sync.WaitGroup) chan fetched {
+	next := make(chan fetched, 1)
+	reading.Go(func() {
+		p, err := s.next(ctx, size)
+		next <- fetched{p, err, s}
+	})
+	return next
 }
 
-// page reads about size rows, or those that it finds within pageTime, or within
-// half of the time that ctx has left.
+// page reads about size rows, or those found within pageTime or half of ctx's remaining time.
 func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 	start, budget := time.Now(), pageTime
 	if deadline, ok := ctx.Deadline(); ok {
@@ -263,7 +251,7 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
 		all := *s
 		all.minAge, all.left = 0, unlimited
-		if p, err = all.next(ctx, sampleSize); err == nil {
+		if p, err = all.next(ctx, defaultFetch); err == nil {
 			all.setWidth(s.from, p.rows, filterRows)
 			s.width, s.rowBytes = all.width, all.rowBytes
 		}
@@ -280,8 +268,7 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 
 // isTooWide reports that a node ran out of time, or met too many tombstones.
 func isTooWide(err error) bool {
-	code := codeOf(err)
-	return code == gocql.ErrCodeReadTimeout || code == gocql.ErrCodeReadFailure
+	return slices.Contains([]int{gocql.ErrCodeReadTimeout, gocql.ErrCodeReadFailure}, codeOf(err))
 }
 
 // read reads a page of the next slice and moves the scan behind it. It asks for
@@ -310,19 +297,13 @@ func (s *scan) read(ctx context.Context, size int) (p page, err error) {
 	if err := rows.Close(); err != nil {
 		return page{}, err
 	}
-	s.from, s.left = end, s.left-p.rows
-	if p.rows > 0 {
-		s.rowBytes = len(p.json) / p.rows
-	}
+	s.from, s.left, s.rowBytes = end, s.left-p.rows, cmp.Or(len(p.json)/max(1, p.rows), s.rowBytes)
 	return p, nil
 }
 
 // pageSize returns size, or fewer rows if that many would exceed a limit.
 func (s *scan) pageSize(size int) int {
-	if s.rowBytes > 0 {
-		size = max(1, min(size, maxAhead/s.rowBytes))
-	}
-	return min(size, s.left)
+	return min(size, s.left, max(1, maxAhead/max(1, s.rowBytes)))
 }
 
 // bound returns the last token of a slice that begins where the scan is.
@@ -337,8 +318,7 @@ func (s *scan) bound() int64 {
 // by the rows that lie between a token and the scan's position.
 func (s *scan) setWidth(from int64, rows, wanted int) {
 	s.width = math.MaxUint64
-	tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted)
-	if tokens < 1<<64 {
+	if tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted); tokens < 1<<64 {
 		s.width = max(1, uint64(tokens))
 	}
 }
@@ -368,9 +348,7 @@ func tokenOf(key uuid.UUID) int64 {
 	h1 := bits.RotateLeft64(bits.RotateLeft64(k1*c1, 31)*c2, 27)*5 + 0x52dce729
 	h2 := (bits.RotateLeft64(bits.RotateLeft64(k2*c2, 33)*c1, 31)+h1)*5 + 0x38495ab5
 	h1, h2 = h1^16, h2^16
-	h1 += h2
-	h2 += h1
-	if token := int64(mix(h1) + mix(h2)); token != math.MinInt64 {
+	if token := int64(mix(h1+h2) + mix(h1+2*h2)); token != math.MinInt64 {
 		return token
 	}
 	return math.MaxInt64
@@ -387,6 +365,7 @@ func mix(h uint64) uint64 {
 type parameters struct {
 	url.Values
 	errs []fieldError
+	err  error // the response to errs
 }
 
 func newParameters(r *http.Request) *parameters {
@@ -400,14 +379,7 @@ func newParameters(r *http.Request) *parameters {
 
 func (p *parameters) reject(name, detail string) {
 	p.errs = append(p.errs, fieldError{Parameter: name, Detail: detail})
-}
-
-// err returns the response to what was rejected, or nil.
-func (p *parameters) err() error {
-	if p.errs == nil {
-		return nil
-	}
-	return invalid(p.errs...)
+	p.err = invalid(p.errs...)
 }
 
 // number returns a whole number clamped to high, or fallback if it is missing.
@@ -429,7 +401,7 @@ func (p *parameters) scan(t *table, kind string) *scan {
 	}
 	s, ok := t.parseToken(p.Get("page_state"), kind)
 	if !ok || len(p.Values["page_state"]) > 1 {
-		p.reject("page_state", "is corrupt or belongs to another endpoint"+startAgain)
+		p.reject("page_state", "is corrupt or belongs to another endpoint; start again without page_state")
 	}
 	return s
 }
@@ -437,13 +409,12 @@ func (p *parameters) scan(t *table, kind string) *scan {
 // fetch reads the parameters of a stream or a page. With page_state, limit is
 // unused, and age_filter must be missing or the same.
 func (p *parameters) fetch(t *table) (s *scan, fetchSize int, err error) {
-	s = p.scan(t, streamToken)
-	fetchSize = p.number("fetch_size", defaultFetch, 1, maxFetch)
+	s, fetchSize = p.scan(t, streamToken), p.number("fetch_size", defaultFetch, 1, maxFetch)
 	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, maxAge)
 	if !p.Has("page_state") {
 		s.left, s.minAge = limit, minAge
-	} else if minAge != s.minAge && p.errs == nil {
-		p.reject("page_state", "was made with another age_filter"+startAgain)
+	} else if minAge != s.minAge && p.err == nil {
+		p.reject("page_state", "was made with another age_filter; start again without page_state")
 	}
-	return s, fetchSize, p.err()
+	return s, fetchSize, p.err
 }

@@ -49,11 +49,10 @@ const (
 // shadow the row, and repeating an INSERT with its own timestamp is harmless.
 const insertAge = 24 * time.Hour
 
-// userColumns are the columns of every statement, in the order of user.columns.
-const userColumns = `id, created_at, updated_at, ` + userFieldColumns
-
 const (
-	userFieldColumns = `name, email, age` // those that a client may set
+	userFieldColumns = `name, email, age`                                // those that a client may set
+	userColumns      = `id, created_at, updated_at, ` + userFieldColumns // all, in the order of user.columns
+
 	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users
 		(id uuid PRIMARY KEY, created_at timestamp, updated_at timestamp, name text, email text, age int)`
 	insertUser  = `INSERT INTO users (` + userColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
@@ -151,15 +150,15 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 	params := newParameters(r)
 	limit := params.number("limit", defaultList, 1, maxList)
 	s := params.scan(usersTable, listToken)
-	if err := params.err(); err != nil {
-		return err
+	if params.err != nil {
+		return params.err
 	}
 	p, err := s.page(r.Context(), limit)
 	if err != nil {
 		return err
 	}
 	if s.more() {
-		linkNext(w, fmt.Sprintf("/users?limit=%d&page_state=%s", limit, s.token(listToken)))
+		w.Header().Set("Link", fmt.Sprintf(`</users?limit=%d&page_state=%s>; rel="next"`, limit, s.token(listToken)))
 	}
 	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
 }
@@ -171,8 +170,15 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	users, wrong := readUsers(body)
-	if errs = append(errs, wrong...); errs != nil {
+	var elements []json.RawMessage
+	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
+		return invalid(append(errs, inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch)))...)
+	}
+	users := newUsers(len(elements))
+	for i := 0; i < len(elements) && len(errs) < maxErrors; i++ {
+		errs = append(errs, users[i].set(elements[i], "/"+strconv.Itoa(i), true)...)
+	}
+	if errs != nil {
 		return invalid(errs...)
 	}
 	if n := len(appendBatch(users)); n > maxBatchBytes {
@@ -183,19 +189,6 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return writeBody(w, http.StatusCreated, "application/json", appendBatch(users))
-}
-
-// readUsers reads the body of a batch and returns everything that is wrong with it.
-func readUsers(body json.RawMessage) (users []user, errs []fieldError) {
-	var elements []json.RawMessage
-	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
-		return nil, []fieldError{inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch))}
-	}
-	users = newUsers(len(elements))
-	for i := 0; i < len(elements) && len(errs) < maxErrors; i++ {
-		errs = append(errs, users[i].set(elements[i], "/"+strconv.Itoa(i), true)...)
-	}
-	return users, errs
 }
 
 // appendBatch returns the response of POST /users/batch.
@@ -250,7 +243,7 @@ func editUser(w http.ResponseWriter, r *http.Request) error {
 		u.set(body, "", replace)
 	})
 	if err != nil {
-		setTag(w, &u)
+		w.Header().Set("ETag", u.etag()) // sent with 412
 		return err
 	}
 	return writeUser(w, http.StatusOK, &u)
@@ -267,10 +260,10 @@ func removeUser(w http.ResponseWriter, r *http.Request) error {
 	if tags := r.Header["If-Match"]; tags == nil {
 		_, err = runTransaction(r.Context(), id, deleteUser+ifExists, gocql.UUID(id))
 	} else if u, err = changeUser(r.Context(), id, tags, nil); errors.Is(err, errNoUser) {
-		err = errTagMismatch
+		return errTagMismatch
 	}
 	if err != nil {
-		setTag(w, &u)
+		w.Header().Set("ETag", u.etag()) // sent with 412
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -443,16 +436,13 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 
 // setField reads one member into the user, or returns the rule that it breaks.
 func (u *user) setField(name string, value json.RawMessage) (rule string) {
-	switch name {
-	case "id", "created_at", "updated_at": // read-only, so that a GET response can be edited and PUT back
-		return ""
+	if name == "id" || name == "created_at" || name == "updated_at" {
+		return "" // read-only, so that a GET response can be edited and PUT back
 	}
 	for _, f := range userFields {
-		switch {
-		case f.name != name:
-		case f.set(u, value):
+		if f.name == name && f.set(u, value) {
 			return ""
-		default:
+		} else if f.name == name {
 			return f.rule
 		}
 	}
@@ -570,15 +560,8 @@ func matches(header []string, tag string) bool {
 	return list == "*" || tagList.MatchString(list) && slices.Contains(entityTag.FindAllString(list, -1), tag)
 }
 
-// setTag sets the ETag header, unless there is no user.
-func setTag(w http.ResponseWriter, u *user) {
-	if u.ID != uuid.Nil {
-		w.Header().Set("ETag", u.etag())
-	}
-}
-
 func writeUser(w http.ResponseWriter, status int, u *user) error {
-	setTag(w, u)
+	w.Header().Set("ETag", u.etag())
 	return writeBody(w, status, "application/json", append(u.appendJSON(nil), '\n'))
 }
 
