@@ -59,8 +59,8 @@ func measure(mode string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		params := newParameters(r)
 		n := params.number("requests", defaultRequests, 1, maxRequests)
-		if err := params.err(); err != nil {
-			return err
+		if params.err != nil {
+			return params.err
 		}
 		ctx := r.Context()
 		ids, err := someIDs(ctx)
