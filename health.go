@@ -19,6 +19,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -513,6 +514,51 @@ func loadCluster(env *environment) cluster {
 		env.reject("CASSANDRA_USERNAME and CASSANDRA_PASSWORD must be set together")
 	}
 	return c
+}
+
+func parseAddr(text string) (string, bool) {
+	_, port, err := net.SplitHostPort(text)
+	_, ok := wholeNumber(0, 65535)(port)
+	return text, err == nil && ok
+}
+
+func wholeNumber(low, high int) func(string) (int, bool) {
+	return func(text string) (int, bool) {
+		n, err := strconv.ParseUint(text, 10, 31)
+		return int(n), err == nil && low <= int(n) && int(n) <= high
+	}
+}
+
+func parseDuration(text string) (time.Duration, bool) {
+	d, err := time.ParseDuration(text)
+	return d, err == nil && d >= 0
+}
+
+func matching(pattern string) func(string) (string, bool) {
+	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
+}
+
+// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
+func parseAllowedHosts(text string) (hosts []string, ok bool) {
+	if text == "*" {
+		return nil, true
+	}
+	for host := range strings.SplitSeq(strings.ToLower(text), ",") {
+		hosts = append(hosts, hostname(strings.TrimSpace(host)))
+	}
+	return parseHosts(strings.Join(hosts, ","))
+}
+
+// hostname returns the host of an address without port and brackets.
+func hostname(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil {
+		return host
+	}
+	return strings.Trim(address, "[]")
+}
+
+func isLoopback(address string) bool {
+	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
 }
 
 func parseHosts(text string) ([]string, bool) {

@@ -461,11 +461,11 @@ func readJSON(r *http.Request, mediaTypes ...string) (json.RawMessage, error) {
 	if len(bytes.TrimSpace(body)) == 0 {
 		return nil, invalid(inBody("", "must be JSON; it is empty"))
 	}
-	var value json.RawMessage
-	if err := json.Unmarshal(body, &value); err != nil {
-		return nil, invalid(inBody("", "must be one JSON value: "+err.Error()))
+	if json.Valid(body) {
+		return bytes.TrimSpace(body), nil
 	}
-	return value, nil
+	err = json.Unmarshal(body, new(json.RawMessage))
+	return nil, invalid(inBody("", "must be one JSON value: "+err.Error()))
 }
 
 func inBody(pointer, detail string) fieldError {
