@@ -167,7 +167,8 @@ func (c cluster) openWithRetry(ctx context.Context) *gocql.Session {
 			return s
 		}
 		if ctx.Err() == nil && time.Since(logged) >= logInterval {
-			slog.Warn("cannot connect to Cassandra; retrying", "hosts", c.hosts, "port", c.port, "error", err)
+			slog.Warn("cannot connect to Cassandra; retrying",
+				"hosts", c.hosts, "port", c.port, "datacenter", c.datacenter, "error", err)
 			logged = time.Now()
 		}
 	}
@@ -241,8 +242,15 @@ func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup str
 func prepare(ctx context.Context, s *gocql.Session) error {
 	prepared := errors.New("statement prepared") // ends a query that only has to be prepared
 	stop := func(*gocql.QueryInfo) ([]any, error) { return nil, prepared }
-	for _, statement := range []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered} {
-		if err := s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec(); !errors.Is(err, prepared) {
+	statements := []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered}
+	errs := make([]error, len(statements))
+	var preparing sync.WaitGroup
+	for i, statement := range statements {
+		preparing.Go(func() { errs[i] = s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec() })
+	}
+	preparing.Wait()
+	for _, err := range errs {
+		if !errors.Is(err, prepared) {
 			return fmt.Errorf("preparing statements: %w", err)
 		}
 	}
@@ -263,7 +271,7 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
 	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
-	cfg.PoolConfig.HostSelectionPolicy = gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy(), gocql.ShuffleReplicas())
+	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy(), gocql.ShuffleReplicas())}
 	if dialer == &counters.connections { // the queries of a self-test's own session are not counted
 		cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
 	}
@@ -277,6 +285,14 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 		cfg.SslOpts = &gocql.SslOptions{CaPath: c.tlsCA, EnableHostVerification: true} // off by default
 	}
 	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
+}
+
+// policy is the driver's policy, except that it reads the replication in the
+// background, which takes 14 round trips. Until then it knows one replica of each row.
+type policy struct{ gocql.HostSelectionPolicy }
+
+func (p policy) KeyspaceChanged(e gocql.KeyspaceUpdateEvent) {
+	go p.HostSelectionPolicy.KeyspaceChanged(e)
 }
 
 // createSession is gocql's CreateSession, which may panic or hang, with a deadline.
