@@ -243,14 +243,12 @@ func prepare(ctx context.Context, s *gocql.Session) error {
 	prepared := errors.New("statement prepared") // ends a query that only has to be prepared
 	stop := func(*gocql.QueryInfo) ([]any, error) { return nil, prepared }
 	statements := []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered}
-	errs := make([]error, len(statements))
-	var preparing sync.WaitGroup
-	for i, statement := range statements {
-		preparing.Go(func() { errs[i] = s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec() })
+	ended := make(chan error, len(statements))
+	for _, statement := range statements {
+		go func() { ended <- s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec() }()
 	}
-	preparing.Wait()
-	for _, err := range errs {
-		if !errors.Is(err, prepared) {
+	for range statements {
+		if err := <-ended; !errors.Is(err, prepared) {
 			return fmt.Errorf("preparing statements: %w", err)
 		}
 	}
@@ -271,7 +269,8 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
 	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
-	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy(), gocql.ShuffleReplicas())}
+	tokenAware := gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy(), gocql.ShuffleReplicas())
+	cfg.PoolConfig.HostSelectionPolicy = policy{tokenAware}
 	if dialer == &counters.connections { // the queries of a self-test's own session are not counted
 		cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
 	}
