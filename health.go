@@ -269,8 +269,7 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
 	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
-	tokenAware := gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy(), gocql.ShuffleReplicas())
-	cfg.PoolConfig.HostSelectionPolicy = policy{tokenAware}
+	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy())}
 	if dialer == &counters.connections { // the queries of a self-test's own session are not counted
 		cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
 	}
