@@ -202,7 +202,7 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 				f.page = page{bytes.TrimSuffix(f.json, beyond), s.left}
 			}
 			s.from, s.left, s.width, s.rowBytes = f.slice.from, s.left-f.rows, f.slice.width, f.slice.rowBytes
-			if !yield(f.page, f.err) || f.err != nil {
+			if !yield(f.page, f.err) || f.err != nil || !s.more() {
 				return
 			}
 			if s.width == 0 && f.rows >= minCount {
