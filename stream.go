@@ -87,7 +87,7 @@ func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 			return &streamError{error: err, pageState: s.token(streamToken)}
 		}
 		text := p.json
-		if contentType != ndjson && p.rows > 0 {
+		if contentType != ndjson {
 			io.WriteString(w, before) // its error comes again with the next write
 			text, before, end = p.array(), ",", "]\n"
 		}
@@ -180,9 +180,9 @@ type fetched struct {
 	slice *scan
 }
 
-// pages yields the rest of the scan page by page. As soon as it knows how wide a
-// slice may be, it reads several slices concurrently, and returns their pages in
-// order. Its goroutines have ended when it returns.
+// pages yields the rest of the scan page by page, without empty pages. As soon as it
+// knows how wide a slice may be, it reads several slices concurrently, and returns
+// their pages in order. Its goroutines have ended when it returns.
 func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	return func(yield func(page, error) bool) {
 		var reading sync.WaitGroup
@@ -202,7 +202,7 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 				f.page = page{bytes.TrimSuffix(f.json, beyond), s.left}
 			}
 			s.from, s.left, s.width, s.rowBytes = f.slice.from, s.left-f.rows, f.slice.width, f.slice.rowBytes
-			if !yield(f.page, f.err) || f.err != nil || !s.more() {
+			if (f.rows > 0 || f.err != nil) && !yield(f.page, f.err) || f.err != nil || !s.more() {
 				return
 			}
 			if s.width == 0 && f.rows >= minCount {
