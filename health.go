@@ -19,6 +19,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -166,7 +167,8 @@ func (c cluster) openWithRetry(ctx context.Context) *gocql.Session {
 			return s
 		}
 		if ctx.Err() == nil && time.Since(logged) >= logInterval {
-			slog.Warn("cannot connect to Cassandra; retrying", "hosts", c.hosts, "port", c.port, "error", err)
+			slog.Warn("cannot connect to Cassandra; retrying",
+				"hosts", c.hosts, "port", c.port, "datacenter", c.datacenter, "error", err)
 			logged = time.Now()
 		}
 	}
@@ -240,8 +242,13 @@ func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup str
 func prepare(ctx context.Context, s *gocql.Session) error {
 	prepared := errors.New("statement prepared") // ends a query that only has to be prepared
 	stop := func(*gocql.QueryInfo) ([]any, error) { return nil, prepared }
-	for _, statement := range []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered} {
-		if err := s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec(); !errors.Is(err, prepared) {
+	statements := []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered}
+	ended := make(chan error, len(statements))
+	for _, statement := range statements {
+		go func() { ended <- s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec() }()
+	}
+	for range statements {
+		if err := <-ended; !errors.Is(err, prepared) {
 			return fmt.Errorf("preparing statements: %w", err)
 		}
 	}
@@ -262,7 +269,7 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
 	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
-	cfg.PoolConfig.HostSelectionPolicy = gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy(), gocql.ShuffleReplicas())
+	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy())}
 	if dialer == &counters.connections { // the queries of a self-test's own session are not counted
 		cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
 	}
@@ -276,6 +283,14 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 		cfg.SslOpts = &gocql.SslOptions{CaPath: c.tlsCA, EnableHostVerification: true} // off by default
 	}
 	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
+}
+
+// policy is the driver's policy, except that it reads the replication in the
+// background, which takes 14 round trips. Until then it knows one replica of each row.
+type policy struct{ gocql.HostSelectionPolicy }
+
+func (p policy) KeyspaceChanged(e gocql.KeyspaceUpdateEvent) {
+	go p.HostSelectionPolicy.KeyspaceChanged(e)
 }
 
 // createSession is gocql's CreateSession, which may panic or hang, with a deadline.
@@ -513,6 +528,51 @@ func loadCluster(env *environment) cluster {
 		env.reject("CASSANDRA_USERNAME and CASSANDRA_PASSWORD must be set together")
 	}
 	return c
+}
+
+func parseAddr(text string) (string, bool) {
+	_, port, err := net.SplitHostPort(text)
+	_, ok := wholeNumber(0, 65535)(port)
+	return text, err == nil && ok
+}
+
+func wholeNumber(low, high int) func(string) (int, bool) {
+	return func(text string) (int, bool) {
+		n, err := strconv.ParseUint(text, 10, 31)
+		return int(n), err == nil && low <= int(n) && int(n) <= high
+	}
+}
+
+func parseDuration(text string) (time.Duration, bool) {
+	d, err := time.ParseDuration(text)
+	return d, err == nil && d >= 0
+}
+
+func matching(pattern string) func(string) (string, bool) {
+	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
+}
+
+// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
+func parseAllowedHosts(text string) (hosts []string, ok bool) {
+	if text == "*" {
+		return nil, true
+	}
+	for host := range strings.SplitSeq(strings.ToLower(text), ",") {
+		hosts = append(hosts, hostname(strings.TrimSpace(host)))
+	}
+	return parseHosts(strings.Join(hosts, ","))
+}
+
+// hostname returns the host of an address without port and brackets.
+func hostname(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil {
+		return host
+	}
+	return strings.Trim(address, "[]")
+}
+
+func isLoopback(address string) bool {
+	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
 }
 
 func parseHosts(text string) ([]string, bool) {

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"mime"
 	"net/http"
 	"runtime"
 	"slices"
@@ -217,6 +218,21 @@ func requestsByRoute() (counts map[string]map[string]int64, total int64) {
 	return counts, total
 }
 
+// preferred negotiates the content type: it returns the offer with the highest
+// q in Accept, or the first one on a tie or without a match.
+func preferred(r *http.Request, offers ...string) string {
+	best, bestQ := offers[0], 0.0
+	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
+		mediaType, params, err := mime.ParseMediaType(accepted)
+		q, qErr := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		isBetter := q > bestQ || q == bestQ && mediaType == offers[0]
+		if err == nil && qErr == nil && isBetter && slices.Contains(offers, mediaType) {
+			best, bestQ = mediaType, q
+		}
+	}
+	return best
+}
+
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
 // memoryBytes returns the memory that was obtained from the OS and not returned.
@@ -235,7 +251,7 @@ func prometheusMetrics() []byte {
 	}
 	connected, connections := map[bool]int{true: 1}[counters.connected.Load()], &counters.connections
 	rate, skew := counters.queryRate.perSecond(counters.started, time.Now()), time.Duration(counters.skew.Load())
-	value("cassandra_queries_total", "counter", "Queries sent; each page and each attempt counts.", counters.queries.Load())
+	value("cassandra_queries_total", "counter", "Queries sent; each page and attempt counts.", counters.queries.Load())
 	value("cassandra_query_errors_total", "counter", "Queries that failed.", counters.queryErrors.Load())
 	value("cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate)
 	value("cassandra_connections_open", "gauge", "Open connections.", connections.open.Load())

@@ -59,8 +59,8 @@ func measure(mode string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		params := newParameters(r)
 		n := params.number("requests", defaultRequests, 1, maxRequests)
-		if err := params.err(); err != nil {
-			return err
+		if params.err != nil {
+			return params.err
 		}
 		ctx := r.Context()
 		ids, err := someIDs(ctx)
@@ -175,8 +175,9 @@ func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	}
 	after := observeSession()
 	return writeJSON(w, http.StatusOK, map[string]any{
-		"test": "query_error", "error_caught": caught.Error(), "cassandra_version": release, "session_still_works": release != "",
-		"session_unchanged": after.unchangedSince(before), "session_open": after.open,
+		"test": "query_error", "error_caught": caught.Error(), "cassandra_version": release,
+		"session_still_works": release != "",
+		"session_unchanged":   after.unchangedSince(before), "session_open": after.open,
 	})
 }
 
@@ -263,8 +264,8 @@ func areIndependent(streams []ageStream) bool {
 
 // nestedOrder is the order of events if closing an inner resource leaves the outer ones open.
 var nestedOrder = []string{
-	"cluster_opened", "session_opened", "stream_opened", "stream_closed", "session_works_after_stream:5", "session_closing",
-	"session_closed", "cluster_works_after_session:True", "cluster_closing", "cluster_closed",
+	"cluster_opened", "session_opened", "stream_opened", "stream_closed", "session_works_after_stream:5",
+	"session_closing", "session_closed", "cluster_works_after_session:True", "cluster_closing", "cluster_closed",
 }
 
 // testNestedContexts handles POST /context_manager_safety/nested_contexts: a cluster, a session in it
@@ -315,7 +316,7 @@ func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, er
 }
 
 // useNestedSession opens a session, streams in it twice and closes it.
-func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(string)) (rows int, err error) {
+func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(string)) (int, error) {
 	session, err := openNested(ctx, d)
 	if err != nil {
 		return 0, err
@@ -406,10 +407,11 @@ func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 
 // stream reads all rows of a statement page by page, and calls afterPage, if it
 // is not nil, after each page that has a successor.
-func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) (rows []scratchRow, err error) {
+func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) ([]scratchRow, error) {
 	it := t.db.Query(statement, values...).WithContext(ctx).PageSize(scratchPage).Prefetch(0).Iter()
 	t.open.Add(1)
 	defer t.open.Add(-1)
+	var rows []scratchRow
 	for row := (scratchRow{}); it.Scan(&row.Name, &row.Age); {
 		rows = append(rows, row)
 		if afterPage != nil && it.WillSwitchPage() {
