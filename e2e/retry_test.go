@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -146,7 +145,8 @@ func TestConcurrentPatches(t *testing.T) {
 
 // buildShifted builds the service with a time.Now that adds CLOCK_SHIFT seconds.
 var buildShifted = sync.OnceValue(func() string {
-	original, shifted := filepath.Join(runtime.GOROOT(), "src/time/time.go"), filepath.Join(binaries, "time.go")
+	root, _ := exec.Command("go", "env", "GOROOT").Output()
+	original, shifted := filepath.Join(strings.TrimSpace(string(root)), "src/time/time.go"), filepath.Join(binaries, "time.go")
 	text, _ := os.ReadFile(original)
 	changed := strings.NewReplacer(
 		`"math/bits"`, `"math/bits"; "syscall"`,

@@ -122,6 +122,7 @@ func (s *service) export(t testing.TB, query string, before func(), headers ...s
 }
 
 func TestAbortedStreams(t *testing.T) {
+	t.Parallel()
 	s, proxy := startBehindProxy(t, useCrowd(t))
 	wantAborted(t, s, proxy, "application/json")
 	wantAborted(t, s, proxy, "application/x-ndjson")
@@ -163,6 +164,7 @@ func TestNodeIsKilledDuringExport(t *testing.T) {
 }
 
 func TestStreamsAreCompleteAndLeaveNothingBehind(t *testing.T) {
+	t.Parallel()
 	s := startHealthy(t, useCrowd(t))
 	wantSeeded(t, s.list(t, 100), crowdSize, 0)
 	users, _ := s.pages(t, "fetch_size=700&age_filter=90")
