@@ -13,7 +13,6 @@ import (
 
 // slowQuery starts a request that lasts 5 s and returns the channel of its response.
 func (s *service) slowQuery(t *testing.T) <-chan response {
-	t.Helper()
 	done := make(chan response, 1)
 	go func() { done <- s.do("GET /slow_query", "") }()
 	s.awaitInFlight(t, 1)
@@ -47,24 +46,21 @@ func TestDrainUnderLoad(t *testing.T) {
 			s.wantDraining(t)
 			want(t, <-active, 200, "Slow query completed")
 			s.wantExit(t, 0, 3*time.Second)
-			if _, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://")); err == nil {
-				t.Error("the listener is still open")
-			}
+			_, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+			check(t, err != nil, "the listener is still open")
 		})
 	}
 }
 
 // wantDraining checks the responses of a service that drains with an active request.
 func (s *service) wantDraining(t *testing.T) {
-	t.Helper()
 	want(t, s.do("GET /health", ""), 503, `"status":"draining"`, `"cassandra":"connected"`, `"cassandra_connected":true`, s.keyspace)
 	want(t, s.do("GET /", ""), 200)
 	want(t, s.do("GET /metrics", ""), 200)
 	for _, request := range []string{"GET /users", "POST /users", "GET /users/stream", "GET /docs", "GET /nothing", "POST /shutdown"} {
 		r := s.do(request, "")
-		if want(t, r, 503, "The service is draining; send the request to another instance"); r.header.Get("Connection") != "close" {
-			t.Errorf("%s; want Connection: close", r)
-		}
+		want(t, r, 503, "The service is draining; send the request to another instance")
+		check(t, r.header.Get("Connection") == "close", "%s; want Connection: close", r)
 	}
 }
 
@@ -74,9 +70,7 @@ func TestDrainDelayAndSecondSignal(t *testing.T) {
 	began := time.Now()
 	s.Process.Signal(syscall.SIGTERM)
 	s.wantExit(t, 0, 6*time.Second)
-	if took := time.Since(began); took < time.Second {
-		t.Errorf("exited after %s without an active request, want at least 1s", took)
-	}
+	check(t, time.Since(began) >= time.Second, "exited after %s without an active request, want at least 1s", time.Since(began))
 	s = start(t, useCrowd(t), "DRAIN_DELAY=20s", "LOG_FORMAT=json")
 	s.Process.Signal(syscall.SIGTERM)
 	await(t, 5*time.Second, "draining", func() bool { return strings.Contains(s.log(), `"level":"INFO","msg":"draining","in_flight":0`) })
@@ -91,9 +85,7 @@ func TestShutdownTimeoutAbortsStreams(t *testing.T) {
 	began := time.Now()
 	s.Process.Signal(syscall.SIGTERM)
 	s.wantExit(t, 0, 6*time.Second) // a write that its client does not read would last 30 s
-	if took := time.Since(began); took < time.Second {
-		t.Errorf("aborted after %s, want at least 1s", took)
-	}
+	check(t, time.Since(began) >= time.Second, "aborted after %s, want at least 1s", time.Since(began))
 	rest, _ := io.ReadAll(conn)
 	if len(rest) == 0 || strings.HasSuffix(string(rest), "0\r\n\r\n") { // the end of a chunked body
 		t.Errorf("the stream looks complete: %d bytes, the last %q", len(rest), rest[max(0, len(rest)-20):])

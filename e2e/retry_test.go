@@ -13,7 +13,6 @@ import (
 	"time"
 )
 
-// pair is two instances on one keyspace.
 type pair [2]*service
 
 // startTwo starts two instances together on one new keyspace.
@@ -25,7 +24,6 @@ func startTwo(t testing.TB, settings ...string) pair {
 	return p
 }
 
-// count returns the number of both instances' responses.
 func (p pair) count(t testing.TB, route, status string) int {
 	return int(p[0].metrics(t).ByRoute[route][status] + p[1].metrics(t).ByRoute[route][status])
 }
@@ -37,17 +35,14 @@ func TestConcurrentRetriesCreateOnce(t *testing.T) {
 		responses, originals, key := make([]response, 64), 0, "Idempotency-Key: "+strings.ReplaceAll(request, " ", "")
 		concurrently(64, func(i int) { responses[i] = both[i%2].do(request, body, key) })
 		for _, r := range responses {
-			if !want(t, r, 201) || r.body != responses[0].body || r.header.Get("Location") != responses[0].header.Get("Location") {
-				t.Errorf("%s differs from %s", r, responses[0])
-			}
+			want(t, r, 201, responses[0].body)
+			check(t, r.header.Get("Location") == responses[0].header.Get("Location"), "%s differs from %s", r, responses[0])
 			if r.header.Get("Idempotency-Replayed") != "true" {
 				originals++
 			}
 		}
 		created, wanted := len(both[1].stream(t, ""))-before, strings.Count(body, "name")
-		if created != wanted || originals != 1 {
-			t.Errorf("%s: %d users and %d original responses, want %d and 1", request, created, originals, wanted)
-		}
+		check(t, created == wanted && originals == 1, "%s: %d users, %d original responses, want %d, 1", request, created, originals, wanted)
 	}
 }
 
@@ -58,9 +53,8 @@ func TestRetryUndoesNothing(t *testing.T) {
 	want(t, first, 201)
 	path := first.header.Get("Location")
 	retry := func() {
-		if r := both[1].do("POST /users", ada, key); !want(t, r, 201, first.body) || r.header.Get("Idempotency-Replayed") != "true" {
-			t.Errorf("%s; want the first response, %s", r, first)
-		}
+		r := both[1].do("POST /users", ada, key)
+		check(t, want(t, r, 201, first.body) && r.header.Get("Idempotency-Replayed") == "true", "%s; want the response %s", r, first)
 	}
 	want(t, both[1].do("PATCH "+path, `{"age":77}`), 200)
 	retry()
@@ -83,9 +77,8 @@ func TestRetriesAcrossAnOutageCreateOnce(t *testing.T) {
 			body, key := fmt.Sprintf(`{"name":"%d","email":"a@example.com","age":1}`, i), fmt.Sprint("Idempotency-Key: ", i)
 			for tries, status := int64(0), 0; status != 201; tries++ {
 				r := both[(i+tries)%2].do("POST /users", body, key)
-				if status = r.status; status != 201 && status != 503 && status != 504 {
-					t.Error(r)
-				}
+				status = r.status
+				check(t, status == 201 || status == 503 || status == 504, "%s", r)
 				time.Sleep(20 * time.Millisecond)
 			}
 			if done.Add(1) == 250 {
@@ -95,14 +88,10 @@ func TestRetriesAcrossAnOutageCreateOnce(t *testing.T) {
 	})
 	created := map[string]bool{}
 	for _, u := range both[0].stream(t, "") {
-		if created[u.Name] {
-			t.Errorf("two users for key %s", u.Name)
-		}
+		check(t, !created[u.Name], "two users for key %s", u.Name)
 		created[u.Name] = true
 	}
-	if len(created) != 500 {
-		t.Errorf("%d users, want 500", len(created))
-	}
+	check(t, len(created) == 500, "%d users, want 500", len(created))
 }
 
 // Each of 32 clients adds one to the age until it succeeds.
@@ -119,9 +108,7 @@ func TestConditionalEditsLoseNoAddition(t *testing.T) {
 	})
 	sum := decode[user](t, both[0].do("GET "+path, "", "Cache-Control: no-cache"), 200).Age - 36
 	added, unsure := both.count(t, "PUT /users/{id}", "200"), both.count(t, "PUT /users/{id}", "504")
-	if sum < added || sum > added+unsure || added < 30 {
-		t.Errorf("%d additions, want %d of the 32 and at most %d more", sum, added, unsure)
-	}
+	check(t, sum >= added && sum <= added+unsure && added >= 30, "%d additions, want %d of the 32 and at most %d more", sum, added, unsure)
 }
 
 func TestConcurrentPatches(t *testing.T) {
@@ -138,9 +125,7 @@ func TestConcurrentPatches(t *testing.T) {
 		}
 	})
 	applied, late := both.count(t, "PATCH /users/{id}", "200")-60, both.count(t, "PATCH /users/{id}", "504")
-	if applied+late != 640 || late > 32 {
-		t.Errorf("of 640 PATCHes of one user %d are 200 and %d are 504, want at most 32 of these", applied, late)
-	}
+	check(t, applied+late == 640 && late <= 32, "of 640 PATCHes of one user %d are 200 and %d are 504, want at most 32", applied, late)
 }
 
 // buildShifted builds the service with a time.Now that adds CLOCK_SHIFT seconds.
@@ -173,8 +158,7 @@ func TestClockSkew(t *testing.T) {
 			want(t, s.do("DELETE "+path, ""), 204)
 			want(t, s.do("GET "+path, ""), 404)
 		})
-		if skew := s.metrics(t).Cassandra.ClockSkew; math.Abs(skew+1000*float64(shift)) > 3000 {
-			t.Errorf("clock_skew_ms = %g, want about %d", skew, -1000*shift)
-		}
+		skew := s.metrics(t).Cassandra.ClockSkew
+		check(t, math.Abs(skew+1000*float64(shift)) < 3000, "clock_skew_ms = %g, want about %d", skew, -1000*shift)
 	}
 }

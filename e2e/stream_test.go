@@ -3,7 +3,6 @@ package e2e
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -57,7 +56,6 @@ func (s *service) stream(t testing.TB, query string) []user {
 
 // wantSeeded fails unless users are those of n seeded ones that have at least minAge, each once.
 func wantSeeded(t testing.TB, users []user, n, minAge int) {
-	t.Helper()
 	got, want := map[user]int{}, map[user]int{}
 	for i := range n {
 		if u := seeded(i); u.Age >= minAge {
@@ -67,9 +65,7 @@ func wantSeeded(t testing.TB, users []user, n, minAge int) {
 	for _, u := range users {
 		got[u]++
 	}
-	if !maps.Equal(got, want) {
-		t.Errorf("%d users, %d different ones, want each of %d once", len(users), len(got), len(want))
-	}
+	check(t, maps.Equal(got, want), "%d users, %d different ones, want each of %d once", len(users), len(got), len(want))
 }
 
 func TestFirstUsersComeAfterOnePage(t *testing.T) {
@@ -80,9 +76,9 @@ func TestFirstUsersComeAfterOnePage(t *testing.T) {
 	var body bytes.Buffer
 	_, err := io.CopyN(&body, conn, crowdPage)
 	proxy.credit.Store(math.MaxInt64)
-	if _, err2 := io.Copy(&body, conn); err != nil || err2 != nil || bytes.Count(body.Bytes(), []byte(`"age"`)) != crowdSize {
-		t.Errorf("%v, %v after %d bytes, want all users, and %d bytes before the second page", err, err2, body.Len(), crowdPage)
-	}
+	check(t, err == nil, "%v after %d bytes, want %d before the second page", err, body.Len(), crowdPage)
+	_, err = io.Copy(&body, conn)
+	check(t, err == nil && bytes.Count(body.Bytes(), []byte(`"age"`)) == crowdSize, "%v after %d bytes, want all users", err, body.Len())
 }
 
 // wantAborted streams by curl until the proxy holds Cassandra back, and checks that curl sees the truncation.
@@ -91,9 +87,8 @@ func wantAborted(t *testing.T, s *service, proxy *proxy, accept string) {
 	defer proxy.credit.Store(math.MaxInt64)
 	body, err := exec.Command("curl", "-s", "-H", "Accept: "+accept, "-H", "X-Request-Timeout: 2", s.url+"/users/stream").Output()
 	n := strings.Count(string(body), `"age"`)
-	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != 18 || json.Valid(body) || n == 0 || n == crowdSize {
-		t.Errorf("curl: %v after %d users, want exit status 18 after some; valid JSON: %t", err, n, json.Valid(body))
-	}
+	truncated := n > 0 && n < crowdSize && !json.Valid(body)
+	check(t, fmt.Sprint(err) == "exit status 18" && truncated, "curl: %v after %d users, want exit status 18 after some", err, n)
 }
 
 // export reads NDJSON until a stream is complete, resuming each aborted one at its page_state.
@@ -122,22 +117,18 @@ func (s *service) export(t testing.TB, query string, before func(), headers ...s
 }
 
 func TestAbortedStreams(t *testing.T) {
-	t.Parallel()
 	s, proxy := startBehindProxy(t, useCrowd(t))
 	wantAborted(t, s, proxy, "application/json")
 	wantAborted(t, s, proxy, "application/x-ndjson")
-	if n := s.metrics(t).ByRoute["GET /users/stream"]["aborted"]; n != 2 {
-		t.Errorf("aborted streams = %d, want 2", n)
-	}
+	check(t, s.metrics(t).ByRoute["GET /users/stream"]["aborted"] == 2, "requests = %v, want 2 aborted streams", s.metrics(t).ByRoute)
 	for query, minAge := range map[string]int{"fetch_size=1000": 0, "fetch_size=1000&age_filter=50": 50} {
 		credit := int64(2 * crowdPage)
 		users, aborted := s.export(t, query, func() {
 			proxy.credit.Store(credit)
 			credit = math.MaxInt64
 		}, "X-Request-Timeout: 2")
-		if wantSeeded(t, users, crowdSize, minAge); aborted == 0 {
-			t.Errorf("%s was never aborted", query)
-		}
+		wantSeeded(t, users, crowdSize, minAge)
+		check(t, aborted > 0, "%s was never aborted", query)
 	}
 }
 
@@ -158,9 +149,8 @@ func TestNodeIsKilledDuringExport(t *testing.T) {
 		}
 		tries++
 	})
-	if wantSeeded(t, users, size, 0); aborted < 10 {
-		t.Errorf("aborted %d times, want 10", aborted)
-	}
+	wantSeeded(t, users, size, 0)
+	check(t, aborted >= 10, "aborted %d times, want 10", aborted)
 }
 
 func TestStreamsAreCompleteAndLeaveNothingBehind(t *testing.T) {
@@ -172,9 +162,7 @@ func TestStreamsAreCompleteAndLeaveNothingBehind(t *testing.T) {
 	queries := s.metrics(t).Queries
 	wantSeeded(t, s.stream(t, "fetch_size=1000"), crowdSize, 0)
 	before := s.metrics(t)
-	if before.Queries-queries > 14 {
-		t.Errorf("%d queries for a stream of 10 pages, want at most 14", before.Queries-queries)
-	}
+	check(t, before.Queries-queries <= 14, "%d queries for a stream of 10 pages, want at most 14", before.Queries-queries)
 	for i := range 400 {
 		s.dial(t, rawGet(fmt.Sprint("/users/stream?fetch_size=", 1+i)), 1500).Close()
 	}
@@ -192,10 +180,9 @@ func TestStreamsAreCompleteAndLeaveNothingBehind(t *testing.T) {
 	s.awaitQuiet(t, before)
 }
 
-const roundTrip = 520 * time.Millisecond
-
 func TestSlowNetwork(t *testing.T) {
 	t.Parallel()
+	const roundTrip = 520 * time.Millisecond
 	near := startHealthy(t)
 	want(t, near.do("POST /users/batch", batchOf(20, ada)), 201)
 	far := cassandraAt(startProxy(t, anyPort, roundTrip/2).addr)
@@ -204,21 +191,18 @@ func TestSlowNetwork(t *testing.T) {
 	large.awaitHealthy(t, 3*20*roundTrip)
 	for _, query := range []string{"", "age_filter=30", "limit=20"} {
 		began := time.Now()
-		if n := len(small.stream(t, query)); n != 20 || time.Since(began) > 9*time.Second {
-			t.Errorf("stream?%s: %d users after %s, want 20 within 3 s", query, n, time.Since(began))
-		}
+		n := len(small.stream(t, query))
+		check(t, n == 20 && time.Since(began) < 9*time.Second, "stream?%s: %d users after %s, want 20 within 3 s", query, n, time.Since(began))
 	}
-	if users, responses := small.pages(t, "age_filter=30"); len(users) != 20 || responses != 1 {
-		t.Errorf("%d users in %d pages, want 20 in 1", len(users), responses)
-	}
-	users, responses := large.pages(t, "age_filter=99", "X-Request-Timeout: 1")
+	users, responses := small.pages(t, "age_filter=30")
+	check(t, len(users) == 20 && responses == 1, "%d users in %d pages, want 20 in 1", len(users), responses)
+	users, responses = large.pages(t, "age_filter=99", "X-Request-Timeout: 1")
 	wantSeeded(t, users, crowdSize, 99)
 	began := time.Now()
 	wantSeeded(t, large.stream(t, "fetch_size=400"), crowdSize, 0)
 	t.Logf("%d filtered pages within 1 s each; 25 plain ones after %s", responses, time.Since(began))
-	if most := (25/3 + 4) * roundTrip; time.Since(began) > most*3/2 {
-		t.Errorf("a stream of 25 pages took %s, want at most %s", time.Since(began), most)
-	}
+	most := (25/3 + 4) * roundTrip
+	check(t, time.Since(began) < most*3/2, "a stream of 25 pages took %s, want at most %s", time.Since(began), most)
 }
 
 func TestTombstones(t *testing.T) {
@@ -251,13 +235,11 @@ func TestSlowReaders(t *testing.T) {
 		time.Sleep(20 * time.Second)
 		io.CopyN(io.Discard, conn, 240<<10)
 		aborted := s.metrics(t).ByRoute["GET /users/stream"]["aborted"]
-		if pause == 0 && aborted != 0 || pause == 3 && aborted != 1 {
-			t.Errorf("%d disconnected clients after %d pauses, want one after 30 s", aborted, pause+1)
-		}
+		ok := (pause > 0 || aborted == 0) && (pause < 3 || aborted == 1)
+		check(t, ok, "%d disconnected clients after %d pauses, want one after 30 s", aborted, pause+1)
 	}
-	if rest, err := io.ReadAll(conn); !strings.HasSuffix(string(rest), "]\n\r\n0\r\n\r\n") {
-		t.Errorf("%d bytes, %v; want the end of an array", len(rest), err)
-	}
+	rest, err := io.ReadAll(conn)
+	check(t, strings.HasSuffix(string(rest), "]\n\r\n0\r\n\r\n"), "%d bytes, %v; want the end of an array", len(rest), err)
 }
 
 // Resident memory is bounded by fetch_size, never by the number of rows.
