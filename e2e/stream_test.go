@@ -234,9 +234,9 @@ func TestSlowReaders(t *testing.T) {
 	for pause := range 4 {
 		time.Sleep(20 * time.Second)
 		io.CopyN(io.Discard, conn, 240<<10)
-		aborted := s.metrics(t).ByRoute["GET /users/stream"]["aborted"]
-		ok := (pause > 0 || aborted == 0) && (pause < 3 || aborted == 1)
-		check(t, ok, "%d disconnected clients after %d pauses, want one after 30 s", aborted, pause+1)
+		gone := s.metrics(t).ByRoute["GET /users/stream"]["499"]
+		ok := (pause > 0 || gone == 0) && (pause < 3 || gone == 1)
+		check(t, ok, "%d disconnected clients after %d pauses, want one after 30 s", gone, pause+1)
 	}
 	rest, err := io.ReadAll(conn)
 	check(t, strings.HasSuffix(string(rest), "]\n\r\n0\r\n\r\n"), "%d bytes, %v; want the end of an array", len(rest), err)
