@@ -233,23 +233,31 @@ func missingPath() string { return "/users/" + uuid.NewString() }
 
 func wantEqual[T comparable](t testing.TB, what string, got, want T) {
 	t.Helper()
-	if got != want {
-		t.Errorf("%s = %.3000v, want %.3000v", what, got, want)
+	failIf(t, got != want, "%s = %.3000v, want %.3000v", what, got, want)
+}
+
+func failIf(t testing.TB, failed bool, format string, args ...any) {
+	t.Helper()
+	if failed {
+		t.Errorf(format, args...)
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
 func wantStatus(t testing.TB, r response, status int) {
 	t.Helper()
-	if r.status != status || r.aborted {
-		t.Errorf("%s; want %d", r, status)
-	}
+	failIf(t, r.status != status || r.aborted, "%s; want %d", r, status)
 }
 
 func wantBody(t testing.TB, r response, status int, body string) {
 	t.Helper()
-	if r.status != status || r.aborted || r.body != body {
-		t.Errorf("%s; want %d %.2000s", r, status, body)
-	}
+	failIf(t, r.status != status || r.aborted || r.body != body, "%s; want %d %.2000s", r, status, body)
 }
 
 // wantJSON compares a complete body, whatever the order of its members. Masked
@@ -319,9 +327,7 @@ func serve(t testing.TB, h http.Handler) string {
 func send(t testing.TB, url, request string) *net.TCPConn {
 	t.Helper()
 	conn, err := net.Dial("tcp", strings.TrimPrefix(url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
 	if _, err := io.WriteString(conn, request); err != nil {
@@ -386,12 +392,9 @@ func TestInvalidSettings(t *testing.T) {
 	const hosts, number = "host names or addresses without ports, separated by commas", "a whole number from 1 to 1000000"
 	tests := []struct{ name, allowed, values string }{ // values are separated by |
 		{"ADDR", "host:port, such as 127.0.0.1:8000", "8000|localhost:|localhost:65536|localhost:http"},
-		{"ALLOWED_HOSTS", "host names separated by commas, or *", ",|a b|a/b|*,a"},
-		{"SHUTDOWN_ENDPOINT", "on or off", "yes|ON|1|on\n"},
-		{"MAX_IN_FLIGHT", number, "0|-1|+5|many|1000001|99999999999999999999"},
-		{"DRAIN_DELAY", "a duration, such as 5s", "5|-1s"},
-		{"SHUTDOWN_TIMEOUT", "a duration, such as 20s", "5|soon"},
-		{"LOG_FORMAT", "text or json", "JSON|text\n"},
+		{"ALLOWED_HOSTS", "host names separated by commas, or *", ",|a b|a/b|*,a"}, {"SHUTDOWN_ENDPOINT", "on or off", "yes|ON|1|on\n"},
+		{"MAX_IN_FLIGHT", number, "0|-1|+5|many|1000001|99999999999999999999"}, {"DRAIN_DELAY", "a duration, such as 5s", "5|-1s"},
+		{"SHUTDOWN_TIMEOUT", "a duration, such as 20s", "5|soon"}, {"LOG_FORMAT", "text or json", "JSON|text\n"},
 		{"CASSANDRA_HOSTS", hosts, "a,,b|http://a/|a:9042|a,b:9042|[::1]:9042|127.0.0.1:9042"},
 		{"CASSANDRA_PORT", "a port from 1 to 65535", "0|65536|9042 "},
 		{"CASSANDRA_KEYSPACE", "1 to 48 letters, digits or underscores, and not one of Cassandra's own",
@@ -424,8 +427,7 @@ func TestSettings(t *testing.T) {
 		settings string // separated by |
 		change   func(s *settings, c *cluster)
 	}{
-		{"", func(*settings, *cluster) {}},
-		{"ADDR=[::1]:0", func(s *settings, _ *cluster) { s.addr = "[::1]:0" }},
+		{"", func(*settings, *cluster) {}}, {"ADDR=[::1]:0", func(s *settings, _ *cluster) { s.addr = "[::1]:0" }},
 		{"ADDR=:80", func(s *settings, _ *cluster) { s.addr, s.allowedHosts, s.allowShutdown = ":80", nil, false }},
 		{"ADDR=10.0.0.1:80", func(s *settings, _ *cluster) { s.addr, s.allowedHosts, s.allowShutdown = "10.0.0.1:80", nil, false }},
 		{"ADDR=:80|SHUTDOWN_ENDPOINT=on", func(s *settings, _ *cluster) { s.addr, s.allowedHosts = ":80", nil }},
@@ -449,9 +451,8 @@ func TestSettings(t *testing.T) {
 				replication: "{'class': 'NetworkTopologyStrategy', 'replication_factor': 1}"}}
 		tt.change(&want, &want.cluster)
 		got, err := loadSettings(environ(strings.Split(tt.settings, "|")...))
-		if got.newLog = nil; err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("settings of %s = %+v, %v\nwant %+v", tt.settings, got, err, want)
-		}
+		got.newLog = nil
+		failIf(t, err != nil || !reflect.DeepEqual(got, want), "settings of %s = %+v, %v\nwant %+v", tt.settings, got, err, want)
 	}
 	for format, want := range map[string]string{"": "*slog.TextHandler", "LOG_FORMAT=text": "*slog.TextHandler", "LOG_FORMAT=json": "*slog.JSONHandler"} {
 		s, _ := loadSettings(environ(format))
@@ -526,9 +527,8 @@ func TestHeadIsGetWithoutBody(t *testing.T) {
 		get, queries := do(t, "GET "+target, ""), counters.queries.Load()
 		head, body, _ := strings.Cut(receive(t, send(t, url, "HEAD "+target+" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")), "\r\n\r\n")
 		contentType := "\r\nContent-Type: " + get.header.Get("Content-Type") + "\r\n"
-		if !strings.HasPrefix(head, fmt.Sprintf("HTTP/1.1 %d ", get.status)) || !strings.Contains(head+"\r\n", contentType) || body != "" {
-			t.Errorf("HEAD %s: %q, body %q; GET: %d, %q", target, head, body, get.status, contentType)
-		}
+		failIf(t, !strings.HasPrefix(head, fmt.Sprintf("HTTP/1.1 %d ", get.status)) || !strings.Contains(head+"\r\n", contentType) || body != "",
+			"HEAD %s: %q, body %q; GET: %d, %q", target, head, body, get.status, contentType)
 		if strings.Contains(target, "/stream") {
 			wantEqual(t, "queries of HEAD "+target, counters.queries.Load()-queries, 0)
 		}
@@ -538,16 +538,12 @@ func TestHeadIsGetWithoutBody(t *testing.T) {
 func TestAccept(t *testing.T) {
 	const stream, text = "GET /users/stream?limit=1", "text/plain; version=0.0.4; charset=utf-8"
 	for _, tt := range []struct{ request, accept, contentType string }{
-		{"GET /", "*/*", "application/json"},
-		{"GET /", "text/html;q=0.5, application/json", "application/json"},
+		{"GET /", "*/*", "application/json"}, {"GET /", "text/html;q=0.5, application/json", "application/json"},
 		{"GET /", "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", ""}, // a browser
-		{"GET /metrics", "application/json, text/plain, */*", "application/json"},
-		{"GET /metrics", "text/plain", text},
+		{"GET /metrics", "application/json, text/plain, */*", "application/json"}, {"GET /metrics", "text/plain", text},
 		{"GET /metrics", "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.3,*/*;q=0.1", text}, // Prometheus
-		{stream, "application/json, application/x-ndjson", "application/json"},
-		{stream, "Application/X-NDJSON", ndjson},
-		{stream, "application/x-ndjson;q=0", "application/json"},
-		{stream, "application/x-ndjson;q=x, ;;, */*", "application/json"},
+		{stream, "application/json, application/x-ndjson", "application/json"}, {stream, "Application/X-NDJSON", ndjson},
+		{stream, "application/x-ndjson;q=0", "application/json"}, {stream, "application/x-ndjson;q=x, ;;, */*", "application/json"},
 	} {
 		r := do(t, tt.request, "", "Accept: "+tt.accept)
 		wantStatus(t, r, map[bool]int{true: 302, false: 200}[tt.contentType == ""])
@@ -563,9 +559,8 @@ func TestRequestID(t *testing.T) {
 	for given, valid := range map[string]bool{"A-z_0.9": true, longest: true, longest + "x": false, "": false, "a b": false, "a\nb": false, "ä": false, `a"b`: false} {
 		for target := range strings.FieldsSeq("/ /nothing /users/x") {
 			got := do(t, "GET "+target, "", "X-Request-Id: "+given).header.Get("X-Request-Id")
-			if valid && got != given || !valid && (!generated.MatchString(got) || seen[got]) {
-				t.Errorf("X-Request-Id of %s = %q, given %q", target, got, given)
-			}
+			failIf(t, valid && got != given || !valid && (!generated.MatchString(got) || seen[got]),
+				"X-Request-Id of %s = %q, given %q", target, got, given)
 			seen[got] = true
 		}
 	}
@@ -590,11 +585,8 @@ func TestRequestTimeoutIsTheDeadline(t *testing.T) {
 		options   options
 		low, high float64 // seconds
 	}{
-		{"X-Other: 1", 0, 29, 30},
-		{"X-Request-Timeout: 0.25", 0, 0, 0.25},
-		{"X-Request-Timeout: 999999999", 0, 59, 60},
-		{"X-Other: 1", noDeadline, 0, 0},
-		{"X-Request-Timeout: 10", noDeadline, 9, 10},
+		{"X-Other: 1", 0, 29, 30}, {"X-Request-Timeout: 0.25", 0, 0, 0.25}, {"X-Request-Timeout: 999999999", 0, 59, 60},
+		{"X-Other: 1", noDeadline, 0, 0}, {"X-Request-Timeout: 10", noDeadline, 9, 10},
 	} {
 		var left float64
 		record(routed(func(_ http.ResponseWriter, r *http.Request) error {
@@ -603,9 +595,7 @@ func TestRequestTimeoutIsTheDeadline(t *testing.T) {
 			}
 			return nil
 		}, tt.options), newRequest(t.Context(), "GET /test", "", tt.header))
-		if left < tt.low || left > tt.high {
-			t.Errorf("%s, options %d: %g s left, want %g to %g", tt.header, tt.options, left, tt.low, tt.high)
-		}
+		failIf(t, left < tt.low || left > tt.high, "%s, options %d: %g s left, want %g to %g", tt.header, tt.options, left, tt.low, tt.high)
 	}
 }
 
@@ -617,9 +607,7 @@ func TestPanicIsLoggedOnceAndHidden(t *testing.T) {
 	wantProblem(t, record(h, newRequest(t.Context(), "GET /test", "", "X-Request-Id: the-one")), 500, internalError)
 	lines := log.lines()
 	for _, part := range []string{"level=ERROR", "request_id=the-one", "method=GET", "path=/test", "status=500", "secret text", "main_test.go:"} {
-		if len(lines) != 1 || !strings.Contains(lines[0], part) {
-			t.Errorf("log = %q, want one line with %s", lines, part)
-		}
+		failIf(t, len(lines) != 1 || !strings.Contains(lines[0], part), "log = %q, want one line with %s", lines, part)
 	}
 }
 
@@ -645,9 +633,7 @@ func TestFailureAfterTheStatusLineAborts(t *testing.T) {
 		r, _ := http.NewRequest("GET", url+"/test", nil)
 		r.Host, r.Header = "localhost", http.Header{"X-Request-Id": {"the-one"}}
 		resp, err := http.DefaultClient.Do(r)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		body, err := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		wantEqual(t, "body", string(body), tt.body)
@@ -698,8 +684,7 @@ func TestAllowedHosts(t *testing.T) {
 		good, refused string // separated by |
 	}{
 		{service, "localhost|LOCALHOST:8000|127.0.0.1:1|[::1]:8000|[::1]", "|evil.example|localhost.evil.example:8000|127.0.0.2"}, // the loopback default
-		{named, "A.example:80|[2001:db8::1]:80", "localhost|b.a.example|"},
-		{public, "anything.example|", "\x00"},
+		{named, "A.example:80|[2001:db8::1]:80", "localhost|b.a.example|"}, {public, "anything.example|", "\x00"},
 	} {
 		for target := range strings.FieldsSeq("/ /docs /nothing") {
 			for host := range strings.SplitSeq(tt.good, "|") {
@@ -730,8 +715,7 @@ func TestBodiesThatDoNotArrive(t *testing.T) {
 		status  int
 		detail  string
 	}{
-		{postHead + soon + length + "{", 408, slow},
-		{postHead + soon + "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", 408, slow},
+		{postHead + soon + length + "{", 408, slow}, {postHead + soon + "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", 408, slow},
 		{"GET / HTTP/1.1\r\nHost: localhost\r\n" + soon + length + "{", 408, slow},
 		{"POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + soon + length + "{", 408, slow},
 		{postHead + "Content-Length: 1048577\r\n\r\n" + huge, 413, large},
@@ -775,9 +759,8 @@ func TestSumOfBodies(t *testing.T) {
 	for range maxBodies/maxBody - 1 {
 		conns = append(conns, send(t, url, postHead+"Content-Length: 1048576\r\n\r\n{"))
 	}
-	if !waitUntil(func() bool { return rt.bodies.Load() == maxBodies }, 10*time.Second) {
-		t.Errorf("bodies = %d bytes, want %d", rt.bodies.Load(), maxBodies)
-	}
+	failIf(t, !waitUntil(func() bool { return rt.bodies.Load() == maxBodies }, 10*time.Second),
+		"bodies = %d bytes, want %d", rt.bodies.Load(), maxBodies)
 	const detail = `"detail":"Too many large request bodies; try again in a second"`
 	if text := receive(t, send(t, url, postHead+"Content-Length: 50\r\n\r\n{")); !strings.HasPrefix(text, "HTTP/1.1 503 ") || !strings.Contains(text, detail) {
 		t.Errorf("one more body: %q, want 503", text)
@@ -786,9 +769,8 @@ func TestSumOfBodies(t *testing.T) {
 	for _, conn := range conns {
 		conn.Close()
 	}
-	if !waitUntil(func() bool { return rt.bodies.Load() == 0 }, 10*time.Second) {
-		t.Errorf("bodies = %d bytes after all clients left, want 0", rt.bodies.Load())
-	}
+	failIf(t, !waitUntil(func() bool { return rt.bodies.Load() == 0 }, 10*time.Second),
+		"bodies = %d bytes after all clients left, want 0", rt.bodies.Load())
 	wantStatus(t, record(rt, newRequest(t.Context(), "POST /users", adaBody)), 201)
 }
 
@@ -967,8 +949,7 @@ var faults = []struct {
 	{fault(gocql.ErrCodeSyntax), 500, 500, 500, 500, "a bug: refused at every attempt"},
 	{fault(gocql.ErrCodeInvalid), 500, 500, 500, 500, "a bug, or a table that somebody altered"},
 	{fault(gocql.ErrCodeUnauthorized), 500, 500, 500, 500, "a role without the permission"},
-	{fault(gocql.ErrCodeConfig), 500, 500, 500, 500, "a bug"},
-	{fault(gocql.ErrCodeProtocol), 500, 500, 500, 500, "a bug of the driver"},
+	{fault(gocql.ErrCodeConfig), 500, 500, 500, 500, "a bug"}, {fault(gocql.ErrCodeProtocol), 500, 500, 500, 500, "a bug of the driver"},
 	{gocql.MarshalError("secret"), 500, 500, 500, 500, "a bug: a value of the wrong type"},
 	{gocql.UnmarshalError("secret"), 500, 500, 500, 500, "a bug: a column of another type"},
 }
@@ -992,9 +973,8 @@ func TestFaultsByKindOfStatement(t *testing.T) {
 			detail := map[int]string{500: internalError, 503: notAvailable, 504: timeouts[kind]}[status]
 			wantProblem(t, record(h, newRequest(t.Context(), "GET /test", "")), status, detail)
 			lines, unreachable := log.lines(), strings.HasPrefix(tt.why, "never sent")
-			if unreachable && lines != nil || !unreachable && (len(lines) != 1 || !strings.Contains(lines[0], tt.err.Error())) {
-				t.Errorf("log = %q for %v", lines, tt.err)
-			}
+			failIf(t, unreachable && lines != nil || !unreachable && (len(lines) != 1 || !strings.Contains(lines[0], tt.err.Error())),
+				"log = %q for %v", lines, tt.err)
 			wantStatus(t, record(h, newRequest(t.Context(), "GET /test", "", "X-Request-Timeout: 5")), status)
 			if lines := log.lines(); tt.err == context.DeadlineExceeded && lines != nil {
 				t.Errorf("a client's own deadline is logged: %q", lines)
@@ -1019,12 +999,10 @@ func TestDriverSettings(t *testing.T) {
 	if want := (gocql.PasswordAuthenticator{Username: "u", Password: "p"}); !reflect.DeepEqual(cfg.Authenticator, want) {
 		t.Errorf("authenticator = %+v, want %+v", cfg.Authenticator, want)
 	}
-	if cfg.Consistency != gocql.All || cfg.SerialConsistency != gocql.LocalSerial || cfg.RetryPolicy != nil {
-		t.Errorf("consistency %s, %s, retries %v", cfg.Consistency, cfg.SerialConsistency, cfg.RetryPolicy)
-	}
-	if !cfg.SslOpts.EnableHostVerification || cfg.SslOpts.CaPath != "ca.pem" || cfg.HostFilter == nil {
-		t.Errorf("TLS %+v, host filter %v", cfg.SslOpts, cfg.HostFilter)
-	}
+	failIf(t, cfg.Consistency != gocql.All || cfg.SerialConsistency != gocql.LocalSerial || cfg.RetryPolicy != nil,
+		"consistency %s, %s, retries %v", cfg.Consistency, cfg.SerialConsistency, cfg.RetryPolicy)
+	failIf(t, !cfg.SslOpts.EnableHostVerification || cfg.SslOpts.CaPath != "ca.pem" || cfg.HostFilter == nil,
+		"TLS %+v, host filter %v", cfg.SslOpts, cfg.HostFilter)
 }
 
 func TestClockSkewIsLoggedWhenItBeginsAndEnds(t *testing.T) {
@@ -1096,29 +1074,19 @@ var badValues = []struct {
 
 // badBodies of POST and PUT, with their errors.
 var badBodies = []struct{ body, errs string }{
-	{`{}`, noName + "," + noEmail + "," + noAge},
-	{`{"name":null,"email":null,"age":null}`, badName + "," + badEmail + "," + badAge},
+	{`{}`, noName + "," + noEmail + "," + noAge}, {`{"name":null,"email":null,"age":null}`, badName + "," + badEmail + "," + badAge},
 	{`{"age":-1,"x":1,"name":"Ada","name":"Ada"}`, badAge + "," + unknown("/x") + "," + nameTwice + "," + noEmail},
-	{`{"name":1,"name":"Ada","email":"a@b.c","age":1}`, badName + "," + nameTwice},
-	{adaWith(`"nick":"a"`), unknown("/nick")},
-	{adaWith(`"a/b~c":1`), unknown("/a~1b~0c")},
-	{adaWith(`"":1`), unknown("/")},
+	{`{"name":1,"name":"Ada","email":"a@b.c","age":1}`, badName + "," + nameTwice}, {adaWith(`"nick":"a"`), unknown("/nick")},
+	{adaWith(`"a/b~c":1`), unknown("/a~1b~0c")}, {adaWith(`"":1`), unknown("/")},
 	{adaWith(`"` + strings.Repeat("x", 100) + `":1`), unknown("/" + strings.Repeat("x", 100))},
 	{adaWith(`"` + strings.Repeat("é", 50) + `x":1,"` + strings.Repeat("y", 500_000) + `":1`), longName + "," + longName},
 	{`{"Name":"Ada","EMAIL":"ada@example.com","aGe":36}`, unknown("/Name") + "," + unknown("/EMAIL") + "," + unknown("/aGe") + "," + noName + "," + noEmail + "," + noAge},
 	{adaWith("\"\u212Aname\":1"), unknown("/\u212Aname")}, // a letter that folds to k
-	{adaWith(`"age":36`), ageTwice},
-	{adaWith(`"\u0061ge":36`), ageTwice},
-	{adaWith(`"id":1,"id":2`), at("/id", "appears more than once")},
-	{`null`, notObject},
-	{`1`, notObject},
-	{`"Ada"`, notObject},
-	{`[` + adaBody + `]`, notObject},
-	{"", empty},
-	{" \r\n\t", empty},
+	{adaWith(`"age":36`), ageTwice}, {adaWith(`"\u0061ge":36`), ageTwice},
+	{adaWith(`"id":1,"id":2`), at("/id", "appears more than once")}, {`null`, notObject}, {`1`, notObject}, {`"Ada"`, notObject},
+	{`[` + adaBody + `]`, notObject}, {"", empty}, {" \r\n\t", empty},
 	{`name=Ada`, notJSON("invalid character 'a' in literal null (expecting 'u')")},
-	{`{"name":"Ada"`, notJSON("unexpected end of JSON input")},
-	{adaBody + `{}`, notJSON("invalid character '{' after top-level value")},
+	{`{"name":"Ada"`, notJSON("unexpected end of JSON input")}, {adaBody + `{}`, notJSON("invalid character '{' after top-level value")},
 	{`{"name":"Ada",}`, notJSON("invalid character '}' looking for beginning of object key string")},
 	{`{1:2}`, notJSON("invalid character '1' looking for beginning of object key string")},
 	{userWithAge(`NaN`), notJSON("invalid character 'N' looking for beginning of value")},
@@ -1191,22 +1159,15 @@ func TestMalformedIDs(t *testing.T) {
 
 // usersAtTheLimits are valid; want is the user in the response, if it differs.
 var usersAtTheLimits = []struct{ body, want string }{
-	{userWithName(`"` + strings.Repeat("𝄞", 100) + `"`), ""},
-	{userWithEmail(`"` + strings.Repeat("a", 242) + `@example.com"`), ""},
-	{`{"name":"a","email":"a@b","age":0}`, ""},
-	{userWithAge(`150`), ""},
-	{userWithAge(`30.0`), userWithAge(`30`)},
-	{userWithAge(`3e1`), userWithAge(`30`)},
-	{userWithAge(`300000E-4`), userWithAge(`30`)},
-	{userWithAge(`-0.0e5`), userWithAge(`0`)},
+	{userWithName(`"` + strings.Repeat("𝄞", 100) + `"`), ""}, {userWithEmail(`"` + strings.Repeat("a", 242) + `@example.com"`), ""},
+	{`{"name":"a","email":"a@b","age":0}`, ""}, {userWithAge(`150`), ""}, {userWithAge(`30.0`), userWithAge(`30`)},
+	{userWithAge(`3e1`), userWithAge(`30`)}, {userWithAge(`300000E-4`), userWithAge(`30`)}, {userWithAge(`-0.0e5`), userWithAge(`0`)},
 	{userWithName(`" a "`), ""},
 	{userWithName("\"a\u200b\u00ad\""), ""}, // invisible characters beside a visible one
 	{`{"age":36,"email":"ada@example.com","name":"Ada"}`, userWithName(`"Ada"`)},
 	{`{"n\u0061me":"\u0041da","email":"ada@example.com","age":36}`, userWithName(`"Ada"`)},
-	{`{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, ""},
-	{userWithName(`"\ud83d\uDE00"`), userWithName(`"😀"`)},
-	{userWithName(`"\\ud83d"`), ""},
-	{userWithName(`"<b>&\u2028\"\\"`), ""},
+	{`{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, ""}, {userWithName(`"\ud83d\uDE00"`), userWithName(`"😀"`)},
+	{userWithName(`"\\ud83d"`), ""}, {userWithName(`"<b>&\u2028\"\\"`), ""},
 	{adaWith(`"id":[],"created_at":{"a":1},"updated_at":null`), adaBody}, // read-only
 	{"\r\n\t " + adaBody + strings.Repeat(" ", maxBody-len(adaBody)-4), adaBody},
 }
@@ -1241,16 +1202,15 @@ func TestChangesOfAUser(t *testing.T) {
 	}{
 		{"PUT", `{"name":"Bob","email":"bob@example.com","age":40}`, func() { u.Name, u.Email, u.Age = "Bob", "bob@example.com", 40 }},
 		{"PATCH", `{"name":"Eve"}`, func() { u.Name = "Eve" }},
-		{"PATCH", `{"email":"eve@example.com"}`, func() { u.Email = "eve@example.com" }},
-		{"PATCH", `{"age":0}`, func() { u.Age = 0 }},
+		{"PATCH", `{"email":"eve@example.com"}`, func() { u.Email = "eve@example.com" }}, {"PATCH", `{"age":0}`, func() { u.Age = 0 }},
 		{"PATCH", `{"age":0}`, func() {}}, // the same value: still another version
 		{"PATCH", `{"id":"x","created_at":"x","updated_at":"x","age":7}`, func() { u.Age = 7 }},
 	} { // without a pause, so the clock often has not moved
 		r, last := do(t, tt.method+" "+path, tt.body), u.UpdatedAt
 		tt.change()
-		if u.UpdatedAt = decode[userJSON](t, r, 200).UpdatedAt; u.UpdatedAt <= last || r.header.Get("ETag") == before.header.Get("ETag") {
-			t.Errorf("updated_at = %s, ETag = %s, want new ones after %s, %s", u.UpdatedAt, r.header.Get("ETag"), last, before.header.Get("ETag"))
-		}
+		u.UpdatedAt = decode[userJSON](t, r, 200).UpdatedAt
+		failIf(t, u.UpdatedAt <= last || r.header.Get("ETag") == before.header.Get("ETag"),
+			"updated_at = %s, ETag = %s, want new ones after %s, %s", u.UpdatedAt, r.header.Get("ETag"), last, before.header.Get("ETag"))
 		wantBody(t, r, 200, encode(u)+"\n")
 		before = do(t, "GET "+path, "")
 		wantBody(t, before, 200, r.body)
@@ -1361,9 +1321,7 @@ func TestRacingChangesLeaveNoHalfRows(t *testing.T) {
 			certain.Add(1)
 		}
 	})
-	if certain.Load() < 100 {
-		t.Errorf("only %d of 200 races had a certain end", certain.Load())
-	}
+	failIf(t, certain.Load() < 100, "only %d of 200 races had a certain end", certain.Load())
 }
 
 // The change runs between an edit's read and its write, so another instance's
@@ -1374,10 +1332,8 @@ func TestEditsOfTwoInstances(t *testing.T) {
 		create, between string
 		age             int // -1: no user
 	}{
-		{insertUser, "", 37},
-		{insertUser, `UPDATE users SET updated_at = 1, age = 50 WHERE id = ? IF EXISTS`, 51},
-		{insertUser, `DELETE FROM users WHERE id = ? IF EXISTS`, -1},
-		{`INSERT INTO users (id) VALUES (?)`, "", 1},
+		{insertUser, "", 37}, {insertUser, `UPDATE users SET updated_at = 1, age = 50 WHERE id = ? IF EXISTS`, 51},
+		{insertUser, `DELETE FROM users WHERE id = ? IF EXISTS`, -1}, {`INSERT INTO users (id) VALUES (?)`, "", 1},
 		{`INSERT INTO users (id) VALUES (?)`, `DELETE FROM users WHERE id = ? IF EXISTS`, -1},
 	} {
 		ada := newAda()
@@ -1427,8 +1383,7 @@ func TestRowsWithNullColumns(t *testing.T) {
 		status             int
 	}{
 		{"PUT", adaBody, `"name":"Ada Lovelace","email":"ada@example.com","age":36,"created_at":"1970-01-01T00:00:00.000Z"`, 200},
-		{"PATCH", `{"age":36}`, `"name":"","email":"","age":36,"created_at":"1970-01-01T00:00:00.000Z"`, 200},
-		{"DELETE", "", "", 204},
+		{"PATCH", `{"age":36}`, `"name":"","email":"","age":36,"created_at":"1970-01-01T00:00:00.000Z"`, 200}, {"DELETE", "", "", 204},
 	} {
 		for _, header := range []string{"If-Match: *", "X-Other: 1", `If-Match: "0"`} {
 			id := gocql.UUID(uuid.New())
@@ -1648,8 +1603,7 @@ func TestLargestBatch(t *testing.T) {
 		texts func(i int) int // bytes of name and email
 	}{
 		{55, func(i int) int { return map[bool]int{true: small, false: largest}[i >= 53] }}, // every text field at its maximum
-		{maxBatch, func(int) int { return 283 }},
-		{maxBatch, func(i int) int { return small + (i+1)%2*2*(283-small) }},
+		{maxBatch, func(int) int { return 283 }}, {maxBatch, func(i int) int { return small + (i+1)%2*2*(283-small) }},
 	} {
 		post := func(more int) response {
 			return do(t, "POST /users/batch", batchOf(tt.n, func(i int) (name, email string) {
@@ -1890,9 +1844,7 @@ func TestDamagedPageTokens(t *testing.T) {
 	storedUsers(t)
 	const page = "/users/stream/pages?page_state="
 	token := firstToken(t, service, "/users/stream/pages?fetch_size=10&age_filter=30&limit=99")
-	if url.QueryEscape(token) != token || len(token) > 200 {
-		t.Errorf("token = %q, want short and URL-safe text", token)
-	}
+	failIf(t, url.QueryEscape(token) != token || len(token) > 200, "token = %q, want short and URL-safe text", token)
 	damaged := []string{token + token, token + "=", token + "\n", " " + token, "", "%%%", strings.ToUpper(token), strings.Repeat(".", 6), strings.Repeat("9", 5000)}
 	for i := range token {
 		damaged = append(damaged, token[:i], token[:i]+token[i+1:], token[:i+1]+token[i:])
@@ -2064,9 +2016,8 @@ func TestBrokenStreamsAreAbortedAndResume(t *testing.T) {
 				breaks++
 			}
 		}
-		if got != want || breaks < 2 {
-			t.Errorf("%s: %d users after %d breaks, want %d, each once", query, strings.Count(got, "\n"), breaks, strings.Count(want, "\n"))
-		}
+		failIf(t, got != want || breaks < 2,
+			"%s: %d users after %d breaks, want %d, each once", query, strings.Count(got, "\n"), breaks, strings.Count(want, "\n"))
 	}
 }
 
@@ -2085,9 +2036,8 @@ func TestStreamsLeaveNothingBehind(t *testing.T) {
 		return len(streams) == 0 && counters.active.Load() == 0 && runtime.NumGoroutine() <= goroutines
 	}
 	wantQuiet := func() {
-		if !waitUntil(isQuiet, 15*time.Second) {
-			t.Errorf("%d streams, %d requests, %d goroutines, want at most %d", len(streams), counters.active.Load(), runtime.NumGoroutine(), goroutines)
-		}
+		failIf(t, !waitUntil(isQuiet, 15*time.Second),
+			"%d streams, %d requests, %d goroutines, want at most %d", len(streams), counters.active.Load(), runtime.NumGoroutine(), goroutines)
 	}
 	for i := range 200 {
 		open(fmt.Sprintf("?fetch_size=%d&age_filter=%d", 10+i, i%2)).Close()
@@ -2173,9 +2123,8 @@ func TestConcurrentSelfTestsHarmNothing(t *testing.T) {
 	}
 	running.Wait()
 	wantEqual(t, "session", observeSession(), state)
-	if !waitUntil(func() bool { return runtime.NumGoroutine() <= goroutines && counters.connections.open.Load() == open }, 10*time.Second) {
-		t.Errorf("%d goroutines, %d connections, want %d and %d", runtime.NumGoroutine(), counters.connections.open.Load(), goroutines, open)
-	}
+	failIf(t, !waitUntil(func() bool { return runtime.NumGoroutine() <= goroutines && counters.connections.open.Load() == open }, 10*time.Second),
+		"%d goroutines, %d connections, want %d and %d", runtime.NumGoroutine(), counters.connections.open.Load(), goroutines, open)
 }
 
 func TestAtMostFourSelfTests(t *testing.T) {
@@ -2215,14 +2164,12 @@ func TestVerdicts(t *testing.T) {
 		{"row too many", independent(func(s []ageStream) { s[0].Users = append(s[0].Users, s[0].Users[0]) }), false},
 		{"one stream ended before the last began", independent(func(s []ageStream) { s[0].ended = start.Add(time.Second) }), false},
 		{"one stream never began", independent(func(s []ageStream) { s[1] = ageStream{Age: 30} }), false},
-		{"same session", open.unchangedSince(open), true},
-		{"another session", sessionState{2, true}.unchangedSince(open), false},
+		{"same session", open.unchangedSince(open), true}, {"another session", sessionState{2, true}.unchangedSince(open), false},
 		{"closed session", sessionState{1, false}.unchangedSince(open), false},
 		{"session that was closed before", open.unchangedSince(sessionState{1, false}), false},
 		{"no session", sessionState{}.unchangedSince(sessionState{}), false},
 		{"cancelled midway", wasCancelled(queryErrorf(read, context.Canceled, "reading"), 5, 50), true},
-		{"not cancelled", wasCancelled(nil, 5, 50), false},
-		{"cancelled at its end", wasCancelled(context.Canceled, 50, 50), false},
+		{"not cancelled", wasCancelled(nil, 5, 50), false}, {"cancelled at its end", wasCancelled(context.Canceled, 50, 50), false},
 		{"failed otherwise", wasCancelled(gocql.ErrNoConnections, 5, 50), false},
 		{"out of time", wasCancelled(context.DeadlineExceeded, 5, 50), false},
 	} {
@@ -2232,18 +2179,14 @@ func TestVerdicts(t *testing.T) {
 
 func TestObservations(t *testing.T) {
 	closed, err := config.cluster.open(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	closed.Close()
 	withSession(&session{Session: closed, number: 9}, func() {
 		wantEqual(t, "a closed session", observeSession(), sessionState{9, false})
 		wantProblem(t, do(t, "POST /context_manager_safety/query_error", ""), 503, notAvailable)
 	})
 	scratch, err := newScratch(t.Context(), slices.Repeat([]int{20}, 20))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	_, err = scratch.stream(t.Context(), func() { wantEqual(t, "open iterations during a stream", scratch.open.Load(), 1) }, selectScratch, scratch.run)
 	wantEqual(t, "error", err, nil)
 	wantEqual(t, "open iterations after a stream", scratch.open.Load(), 0)
@@ -2328,10 +2271,8 @@ func TestMetrics(t *testing.T) {
 		pattern, status       string
 		queries, errs, rows   int64
 	}{
-		{"POST /users", adaBody, "", "POST /users", "201", 1, 0, 0},
-		{"POST /users", adaBody, key, "POST /users", "201", 2, 0, 0},
-		{"POST /users", adaBody, key, "POST /users", "201", 2, 0, 0},
-		{"POST /users", "{}", "", "POST /users", "422", 0, 0, 0},
+		{"POST /users", adaBody, "", "POST /users", "201", 1, 0, 0}, {"POST /users", adaBody, key, "POST /users", "201", 2, 0, 0},
+		{"POST /users", adaBody, key, "POST /users", "201", 2, 0, 0}, {"POST /users", "{}", "", "POST /users", "422", 0, 0, 0},
 		{"POST /users/batch", batchOf(24, shortTexts), "", "POST /users/batch", "201", 1, 0, 0},
 		{"GET " + path, "", "", "GET /users/{id}", "200", 1, 0, 0},
 		{"GET " + path, "", "If-None-Match: *", "GET /users/{id}", "304", 1, 0, 0},
@@ -2340,14 +2281,12 @@ func TestMetrics(t *testing.T) {
 		{"PUT " + path, adaBody, "", "PUT /users/{id}", "200", 2, 0, 0},
 		{"PATCH " + path, adaBody, "If-Match: *", "PATCH /users/{id}", "200", 2, 0, 0},
 		{"PATCH " + path, adaBody, `If-Match: "x"`, "PATCH /users/{id}", "412", 1, 0, 0},
-		{"DELETE " + path, "", "", "DELETE /users/{id}", "204", 1, 0, 0},
-		{"GET /users", "", "", "GET /users", "200", 1, 0, 0},
+		{"DELETE " + path, "", "", "DELETE /users/{id}", "204", 1, 0, 0}, {"GET /users", "", "", "GET /users", "200", 1, 0, 0},
 		{"GET /users/stream?limit=7", "", "", "GET /users/stream", "200", 1, 0, 7},
 		{"GET /users/stream/pages?fetch_size=1", "", "", "GET /users/stream/pages", "200", 1, 0, 0},
 		{"GET /slow_query", "", "X-Request-Timeout: 0.01", "GET /slow_query", "504", 0, 0, 0},
 		{"POST /context_manager_safety/query_error", "", "", "POST /context_manager_safety/query_error", "200", 2, 1, 0},
-		{"GET /nowhere", "", "", "none", "404", 0, 0, 0},
-		{"PUT /users/batch", "", "", "none", "405", 0, 0, 0},
+		{"GET /nowhere", "", "", "none", "404", 0, 0, 0}, {"PUT /users/batch", "", "", "none", "405", 0, 0, 0},
 		{"GET /health", "", "", "GET /health", "200", 1, 0, 0},
 	} {
 		fillOnce.Do(func() { fillUsers(t, 6000) })
@@ -2370,9 +2309,8 @@ func counted(t *testing.T, pattern, status string, queries, errs, rows int64, se
 		before.RequestsByRoute[pattern] = map[string]int64{}
 	}
 	before.RequestsByRoute[pattern][status]++
-	if !maps.EqualFunc(after.RequestsByRoute, before.RequestsByRoute, maps.Equal) || after.TotalRequests != before.TotalRequests+1 {
-		t.Errorf("requests = %d, %v; want one more %s of %s than in %v", after.TotalRequests, after.RequestsByRoute, status, pattern, before.RequestsByRoute)
-	}
+	failIf(t, !maps.EqualFunc(after.RequestsByRoute, before.RequestsByRoute, maps.Equal) || after.TotalRequests != before.TotalRequests+1,
+		"requests = %d, %v; want one more %s of %s than in %v", after.TotalRequests, after.RequestsByRoute, status, pattern, before.RequestsByRoute)
 	if queries < 0 {
 		queries = after.TotalQueries - before.TotalQueries
 	}
@@ -2387,15 +2325,11 @@ func counted(t *testing.T, pattern, status string, queries, errs, rows int64, se
 
 func TestConnectionsAreCounted(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	var dialer countingDialer
 	counts := func() [3]int64 { return [3]int64{dialer.open.Load(), dialer.opened.Load(), dialer.failed.Load()} }
 	conn, err := dialer.DialContext(t.Context(), "tcp", listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	wantEqual(t, "open, opened, failed", counts(), [3]int64{1, 1, 0})
 	conn.Close()
 	conn.Close() // as the driver does
@@ -2517,9 +2451,8 @@ func FuzzBody(f *testing.F) {
 		if r.status != 201 {
 			p := decode[problem](t, r, 422)
 			for _, e := range p.Errors {
-				if e.Pointer == nil || e.Detail == "" || !utf8.ValidString(*e.Pointer) || len(*e.Pointer) > 2*maxMemberName+1 {
-					t.Errorf("error %+v in %s", e, r.body)
-				}
+				failIf(t, e.Pointer == nil || e.Detail == "" || !utf8.ValidString(*e.Pointer) || len(*e.Pointer) > 2*maxMemberName+1,
+					"error %+v in %s", e, r.body)
 			}
 			wantEqual(t, "1 to 100 errors", 1 <= len(p.Errors) && len(p.Errors) <= maxErrors, true)
 			return
@@ -2533,9 +2466,8 @@ func FuzzBody(f *testing.F) {
 		}
 		got := decode[userJSON](t, do(t, "GET "+r.header.Get("Location"), ""), 200)
 		wantEqual(t, "user", got, userJSON{got.ID, meant.Name, meant.Email, int(meant.Age), got.CreatedAt, got.CreatedAt})
-		if got.Age < 0 || got.Age > 150 || float64(got.Age) != meant.Age || len(got.Email) > 254 || strings.TrimSpace(got.Name) == "" || utf8.RuneCountInString(got.Name) > 100 {
-			t.Errorf("%+v is accepted", got)
-		}
+		failIf(t, got.Age < 0 || got.Age > 150 || float64(got.Age) != meant.Age || len(got.Email) > 254 || strings.TrimSpace(got.Name) == "" || utf8.RuneCountInString(got.Name) > 100,
+			"%+v is accepted", got)
 	})
 }
 
@@ -2568,9 +2500,8 @@ func FuzzPageToken(f *testing.F) {
 		token := fmt.Sprintf("%s.%08x", position, crc32.ChecksumIEEE([]byte(position+"."+config.cluster.keyspace+".users")))
 		for _, kind := range []string{listToken, streamToken} {
 			s, ok := usersTable.parseToken(token, kind)
-			if ok && (s.token(kind) != token || !s.more() || s.bound() < s.from || s.upto != s.bound() || s.minAge < 0 || s.minAge > maxAge) {
-				t.Errorf("%s: %+v", token, s)
-			}
+			failIf(t, ok && (s.token(kind) != token || !s.more() || s.bound() < s.from || s.upto != s.bound() || s.minAge < 0 || s.minAge > maxAge),
+				"%s: %+v", token, s)
 			if s, ok := usersTable.parseToken(position, kind); ok && position != s.token(kind) {
 				t.Errorf("%s is accepted: %+v", position, s)
 			}
@@ -2608,9 +2539,8 @@ func FuzzRequest(f *testing.F) {
 				t.Errorf("%q: %s, %v", raw, resp, err)
 			}
 		}
-		if resp.status < 200 || resp.status == 500 || resp.status > 504 || len(resp.body) > 64<<10 && !(resp.status == 200 && isLarge.MatchString(r.URL.Path)) {
-			t.Errorf("%q: %d bytes, %s", raw, len(resp.body), resp)
-		}
+		failIf(t, resp.status < 200 || resp.status == 500 || resp.status > 504 || len(resp.body) > 64<<10 && !(resp.status == 200 && isLarge.MatchString(r.URL.Path)),
+			"%q: %d bytes, %s", raw, len(resp.body), resp)
 	})
 }
 
