@@ -3,13 +3,13 @@
 // one session, health and metrics. It starts listening immediately, connects and
 // reconnects to Cassandra on its own, and drains before it exits.
 //
-// It is configured by environment variables, which loadSettings lists with their
-// defaults. SIGTERM, SIGINT, SIGHUP and POST /shutdown start a drain: /health
-// returns 503 "draining", other new requests are refused, and active requests
-// get their response. A second signal exits immediately.
+// loadSettings lists the environment variables that configure it. SIGTERM, SIGINT,
+// SIGHUP and POST /shutdown start a drain: /health returns 503 "draining", other
+// new requests are refused, and active requests get their response. A second
+// signal exits immediately.
 //
-// This file holds the frame: the life of the process, the route table, the path
-// of a request through the middleware, and the mapping from errors to responses.
+// This file holds the life of the process, the route table, the middleware, and
+// the mapping from errors to responses.
 package main
 
 import (
@@ -25,10 +25,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"mime"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/signal"
 	"regexp"
@@ -41,9 +41,9 @@ import (
 	"time"
 )
 
-const version = "1.0.0"
-
 const (
+	version = "1.0.0"
+
 	maxBody        = 1 << 20                // bytes of a request body; a user is under 1 kB, this is for batches
 	maxBodies      = 64 << 20               // bytes of all bodies that are being received or handled
 	maxHeader      = 16 << 10               // bytes; enough for any page token, 431 beyond
@@ -63,21 +63,26 @@ const (
 	statusAborted    = 599 // a response that was aborted after its status line; never sent
 )
 
+var (
+	//go:embed docs/openapi.json
+	openAPI []byte
+	//go:embed docs/index.html
+	docsPage []byte
+
+	// errShutdown is the cancellation cause of requests still active at SHUTDOWN_TIMEOUT.
+	errShutdown = errors.New("the service is shutting down")
+
+	validID      = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+	validSeconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
+	// forwarding matches the headers that proxies add.
+	forwarding = regexp.MustCompile(`^(Forwarded|Via|X-Forwarded.*|X-Real-Ip|True-Client-Ip|Cf-Connecting-Ip)$`)
+)
+
 // shutdown is the shutdown state of the process.
 var shutdown = struct {
 	draining  atomic.Bool
 	requested chan struct{} // by POST /shutdown
 }{requested: make(chan struct{}, 1)}
-
-// errShutdown is the cancellation cause of requests that are still active at
-// SHUTDOWN_TIMEOUT.
-var errShutdown = errors.New("the service is shutting down")
-
-//go:embed docs/openapi.json
-var openAPI []byte
-
-//go:embed docs/index.html
-var docsPage []byte
 
 func main() {
 	signal.Ignore(syscall.SIGPIPE) // a dead reader of the log must not end the process
@@ -96,7 +101,8 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	if err != nil {
 		return err
 	}
-	slog.SetDefault(slog.New(cfg.newLog(stderr)))
+	logs := map[string]slog.Handler{"text": slog.NewTextHandler(stderr, nil), "json": slog.NewJSONHandler(stderr, nil)}
+	slog.SetDefault(slog.New(logs[cfg.logFormat]))
 	debug.SetGCPercent(gcPercent)
 	debug.SetMemoryLimit(memoryLimit)
 	listener, err := net.Listen("tcp", cfg.addr)
@@ -105,16 +111,12 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	}
 	base, abort := context.WithCancelCause(context.Background())
 	defer abort(nil)
-	disconnect := keepConnected(cfg.cluster)
-	defer disconnect()
+	defer keepConnected(cfg.cluster)()
 	server := &http.Server{
-		Handler:           newRouter(cfg),
-		BaseContext:       func(net.Listener) context.Context { return base },
-		ConnContext:       limitSendBuffer,
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
+		Handler:     newRouter(cfg),
+		BaseContext: func(net.Listener) context.Context { return base }, ConnContext: limitSendBuffer,
+		ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
@@ -161,23 +163,20 @@ func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 
 // waitUntil polls until done returns true or the timeout passes.
 func waitUntil(done func() bool, timeout time.Duration) bool {
-	for deadline := time.Now().Add(timeout); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			return false
-		}
+	for deadline := time.Now().Add(timeout); !done() && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond)
 	}
-	return true
+	return done()
 }
 
 // settings is the configuration read from the environment.
 type settings struct {
-	addr                        string
+	addr, logFormat             string
 	allowedHosts                []string // nil: any
 	allowShutdown               bool
 	cluster                     cluster
 	maxInFlight                 int
 	drainDelay, shutdownTimeout time.Duration
-	newLog                      func(io.Writer) slog.Handler
 }
 
 // loadSettings reads and checks the environment. Its error is one line that
@@ -189,7 +188,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		maxInFlight:     setting(env, "MAX_IN_FLIGHT", "1024", "a whole number from 1 to 1000000", wholeNumber(1, 1_000_000)),
 		drainDelay:      setting(env, "DRAIN_DELAY", "0s", "a duration, such as 5s", parseDuration),
 		shutdownTimeout: setting(env, "SHUTDOWN_TIMEOUT", "20s", "a duration, such as 20s", parseDuration),
-		newLog:          setting(env, "LOG_FORMAT", "text", "text or json", parseLogFormat),
+		logFormat:       setting(env, "LOG_FORMAT", "text", "text or json", matching(`^(text|json)$`)),
 		cluster:         loadCluster(env),
 	}
 	hosts, onOrOff := "*", "off"
@@ -233,18 +232,15 @@ func parseAddr(text string) (string, bool) {
 	return text, err == nil && ok
 }
 
-// parseAllowedHosts returns nil for *. A port and the brackets of an IPv6 address
-// are optional.
-func parseAllowedHosts(text string) ([]string, bool) {
+// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
+func parseAllowedHosts(text string) (hosts []string, ok bool) {
 	if text == "*" {
 		return nil, true
 	}
-	hosts := strings.Split(strings.ToLower(text), ",")
-	for i, host := range hosts {
-		hosts[i] = hostname(strings.TrimSpace(host))
+	for host := range strings.SplitSeq(strings.ToLower(text), ",") {
+		hosts = append(hosts, hostname(strings.TrimSpace(host)))
 	}
-	_, ok := parseHosts(strings.Join(hosts, ","))
-	return hosts, ok
+	return parseHosts(strings.Join(hosts, ","))
 }
 
 func wholeNumber(low, high int) func(string) (int, bool) {
@@ -259,28 +255,14 @@ func parseDuration(text string) (time.Duration, bool) {
 	return d, err == nil && d >= 0
 }
 
-func parseLogFormat(text string) (func(io.Writer) slog.Handler, bool) {
-	if text == "json" {
-		return func(w io.Writer) slog.Handler { return slog.NewJSONHandler(w, nil) }, true
-	}
-	return func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, nil) }, text == "text"
-}
-
 func matching(pattern string) func(string) (string, bool) {
 	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
 }
 
 // newRouter returns the route table.
 func newRouter(cfg settings) *router {
-	rt := &router{
-		mux:           http.NewServeMux(),
-		crossOrigin:   http.NewCrossOriginProtection(),
-		allowedHosts:  cfg.allowedHosts,
-		allowShutdown: cfg.allowShutdown,
-		inFlight:      make(gate, cfg.maxInFlight),
-	}
+	rt := &router{settings: cfg, mux: http.NewServeMux(), inFlight: make(gate, cfg.maxInFlight)}
 	handle := rt.handle
-
 	handle("GET /{$}", rt.getRoot, probe)
 	handle("GET /health", getHealth, probe)
 	handle("GET /metrics", getMetrics, probe)
@@ -307,10 +289,9 @@ func newRouter(cfg settings) *router {
 	handle("POST /context_manager_safety/cancellation", selfTests.queue(testCancellation))
 	handle("GET /context_manager_safety/status", getSafetyStatus)
 
-	// These are no user ids, so other methods are 405 and not GET or PUT /users/{id}.
 	rt.unmatched = &route{router: rt, handler: rt.refuseUnmatched, options: offline, stats: statsOf("none")}
-	for _, pattern := range []string{
-		"/", "GET /users/batch", "PUT /users/batch", "PATCH /users/batch", "DELETE /users/batch",
+	for _, pattern := range []string{ // batch and stream are no ids, so other methods are 405 and not /users/{id}
+		"GET /users/batch", "PUT /users/batch", "PATCH /users/batch", "DELETE /users/batch",
 		"PUT /users/stream", "PATCH /users/stream", "DELETE /users/stream",
 	} {
 		rt.mux.Handle(pattern, rt.unmatched)
@@ -320,14 +301,13 @@ func newRouter(cfg settings) *router {
 
 // router is the route table and what all routes share.
 type router struct {
-	mux           *http.ServeMux
-	endpoints     []string // the patterns in the order of the table
-	unmatched     *route
-	crossOrigin   *http.CrossOriginProtection
-	allowedHosts  []string
-	allowShutdown bool
-	inFlight      gate
-	bodies        atomic.Int64 // bytes of the bodies that are being received or handled
+	settings
+	mux         *http.ServeMux
+	endpoints   []string // the patterns in the order of the table
+	unmatched   *route
+	crossOrigin http.CrossOriginProtection
+	inFlight    gate
+	bodies      atomic.Int64 // bytes of the bodies that are being received or handled
 }
 
 // handler handles a request, or returns the error to respond with. It never
@@ -359,26 +339,22 @@ func (rt *router) handle(pattern string, h handler, opts ...options) {
 	for _, o := range opts {
 		line.options |= o
 	}
-	if line.options&uncapped == 0 {
-		line.handler = rt.inFlight.limit("requests", h)
-	}
 	rt.endpoints = append(rt.endpoints, endpoint)
 	rt.mux.Handle(pattern, line)
 }
 
-// ServeHTTP routes a request. The mux alone would redirect an unclean path, with
-// an HTML body.
+// ServeHTTP routes a request. The mux alone would respond to an unknown method or
+// path with text, and redirect an unclean path.
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	path := r.URL.EscapedPath()
-	if !strings.HasPrefix(path, "/") || strings.Contains(path, "//") || strings.Contains(path, "/.") {
+	h, _ := rt.mux.Handler(r)
+	if _, ok := h.(*route); !ok {
 		rt.unmatched.ServeHTTP(w, r)
 		return
 	}
-	rt.mux.ServeHTTP(w, r)
+	rt.mux.ServeHTTP(w, r) // sets the path values
 }
 
-// refuseUnmatched responds with 405 if the path has routes for other methods,
-// else with 404.
+// refuseUnmatched responds with 405 if other methods have a route, else with 404.
 func (rt *router) refuseUnmatched(w http.ResponseWriter, r *http.Request) error {
 	var allowed []string
 	for _, method := range []string{"DELETE", "GET", "HEAD", "PATCH", "POST", "PUT"} {
@@ -390,14 +366,12 @@ func (rt *router) refuseUnmatched(w http.ResponseWriter, r *http.Request) error 
 	if allowed == nil {
 		return notFound("No such path; GET / lists the endpoints")
 	}
-	list := strings.Join(allowed, ", ")
-	w.Header().Set("Allow", list)
-	return &problem{Status: http.StatusMethodNotAllowed, Detail: "Allowed methods: " + list}
+	w.Header().Set("Allow", strings.Join(allowed, ", "))
+	return refuse(http.StatusMethodNotAllowed, "Allowed methods: "+w.Header().Get("Allow"))
 }
 
-// ServeHTTP gives the request its id, turns the handler's error into a problem
-// response or, after the status line, into an aborted connection, and counts the
-// outcome.
+// ServeHTTP gives the request its id, lets finish respond with the handler's error
+// or abort the connection, and counts the outcome.
 func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	counters.inFlight.Add(1)
@@ -406,101 +380,76 @@ func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		counters.active.Add(1)
 		defer counters.active.Add(-1)
 	}
-	rec := &recorder{ResponseWriter: w}
-	id := requestID(r)
-	rec.Header().Set("X-Request-Id", id)
-	status := rec.finish(r, id, line.serve(rec, r))
+	id := r.Header.Get("X-Request-Id")
+	if !validID.MatchString(id) {
+		id = rand.Text()
+	}
+	w.Header().Set("X-Request-Id", id)
+	rec := &recorder{ResponseWriter: w, ResponseController: http.NewResponseController(w)}
+	status := rec.finish(r, line.serve(rec, r))
 	line.stats.count(status, time.Since(start))
 	if status == statusAborted || status == statusClientLeft {
 		panic(http.ErrAbortHandler) // the only way to make net/http abort the connection
 	}
 }
 
-// serve is the middleware: recover, checks, deadline, body, cap; then the handler.
+// serve is the middleware: recover, checks, body, deadline, cap; then the handler.
 func (line *route) serve(w *recorder, r *http.Request) (err error) {
 	defer func() {
-		switch v := recover(); v {
-		case nil:
-		case http.ErrAbortHandler:
+		if v := recover(); v == http.ErrAbortHandler {
 			err = http.ErrAbortHandler
-		default:
+		} else if v != nil {
 			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 		}
 	}()
-	timeout, err := line.admit(w, r)
-	if err != nil {
-		if r.Body != http.NoBody { // net/http reads the rest of a body before it sends a response
-			http.NewResponseController(w).SetReadDeadline(time.Now())
-		}
-		return err
+	size := int64(min(uint64(r.ContentLength), maxBody)) // -1, a chunked body, counts as the largest
+	defer line.bodies.Add(-size)
+	deadline, err := line.admit(w, r, line.bodies.Add(size))
+	if err == nil {
+		err = receiveBody(w, r, cmp.Or(deadline, time.Now().Add(defaultTimeout)))
 	}
-	if timeout > 0 {
-		ctx, cancel := context.WithTimeout(r.Context(), timeout)
+	if err != nil && size > 0 {
+		w.SetReadDeadline(time.Now()) // net/http reads the rest of a body before it sends a response
+	}
+	if !deadline.IsZero() {
+		ctx, cancel := context.WithDeadline(r.Context(), deadline)
 		defer cancel()
 		r = r.WithContext(ctx)
 	}
-	if r.Body != http.NoBody {
-		size := int64(maxBody) // of a chunked body
-		if r.ContentLength >= 0 {
-			size = min(size, r.ContentLength)
-		}
-		defer line.bodies.Add(-size)
-		if line.bodies.Add(size) > maxBodies {
-			http.NewResponseController(w).SetReadDeadline(time.Now())
-			return unavailable("Too many large request bodies; try again in a second")
-		}
-	}
-	if err := receiveBody(w, r, cmp.Or(timeout, defaultTimeout)); err != nil {
+	switch {
+	case err != nil:
 		return err
-	}
-	if currentSession() == nil && line.options&offline == 0 {
+	case currentSession() == nil && line.options&offline == 0:
 		return errNotConnected
+	case line.options&uncapped == 0:
+		return line.inFlight.limit("requests", line.handler)(w, r)
 	}
 	return line.handler(w, r)
 }
 
-// admit checks what needs no body, and returns the request's timeout; 0 is none.
-func (line *route) admit(w http.ResponseWriter, r *http.Request) (timeout time.Duration, err error) {
-	if shutdown.draining.Load() && line.options&probing == 0 {
+// admit checks what needs no body, and returns the request's deadline; zero is none.
+func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (deadline time.Time, err error) {
+	isSet, text := r.Header["X-Request-Timeout"] != nil, strings.Join(r.Header["X-Request-Timeout"], ",")
+	timeout, _ := time.ParseDuration(text + "s")
+	switch {
+	case shutdown.draining.Load() && line.options&probing == 0:
 		w.Header().Set("Connection", "close")
-		return 0, unavailable("The service is draining; send the request to another instance")
+		err = refuse(http.StatusServiceUnavailable, "The service is draining; send the request to another instance")
+	case line.allowedHosts != nil && !slices.Contains(line.allowedHosts, strings.ToLower(hostname(r.Host))):
+		err = refuse(http.StatusMisdirectedRequest, "Host not allowed; see ALLOWED_HOSTS")
+	case line.crossOrigin.Check(r) != nil:
+		err = refuse(http.StatusForbidden, "Cross-origin requests that change data are not allowed")
+	case isSet && (timeout == 0 || !validSeconds.MatchString(text)):
+		const rule = "must be a single positive number of seconds, such as 0.5" // several are joined by commas
+		err = invalid(fieldError{Header: "X-Request-Timeout", Detail: rule})
+	case r.ContentLength != 0 && bodies > maxBodies:
+		err = refuse(http.StatusServiceUnavailable, "Too many large request bodies; try again in a second")
+	case isSet:
+		deadline = time.Now().Add(min(timeout, maxTimeout))
+	case line.options&noDeadline == 0:
+		deadline = time.Now().Add(defaultTimeout)
 	}
-	if line.allowedHosts != nil && !slices.Contains(line.allowedHosts, strings.ToLower(hostname(r.Host))) {
-		return 0, &problem{Status: http.StatusMisdirectedRequest, Detail: "Host not allowed; see ALLOWED_HOSTS"}
-	}
-	if err := line.crossOrigin.Check(r); err != nil {
-		return 0, &problem{Status: http.StatusForbidden, Detail: "Cross-origin requests that change data are not allowed"}
-	}
-	return requestTimeout(r, line.options&noDeadline != 0)
-}
-
-var requestIDs = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
-
-// requestID returns the client's X-Request-Id if it is valid, otherwise a new one.
-func requestID(r *http.Request) string {
-	if id := r.Header.Get("X-Request-Id"); requestIDs.MatchString(id) {
-		return id
-	}
-	return rand.Text()
-}
-
-var seconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
-
-// requestTimeout returns the X-Request-Timeout, or the default; 0 is none.
-func requestTimeout(r *http.Request, noDefault bool) (time.Duration, error) {
-	values := r.Header["X-Request-Timeout"]
-	if values == nil {
-		if noDefault {
-			return 0, nil
-		}
-		return defaultTimeout, nil
-	}
-	given, _ := strconv.ParseFloat(values[0], 64)
-	if len(values) > 1 || !seconds.MatchString(values[0]) || given == 0 {
-		const rule = "must be a single positive number of seconds, such as 0.5"
-		return 0, invalid(fieldError{Header: "X-Request-Timeout", Detail: rule})
-	}
-	return min(time.Duration(given*float64(time.Second)), maxTimeout), nil
+	return deadline, err
 }
 
 // receivedBody is a body that has been received completely.
@@ -511,62 +460,55 @@ func (receivedBody) Close() error { return nil }
 // receiveBody receives the body before the request counts towards MAX_IN_FLIGHT,
 // so slow uploads can't block others. Only then does net/http notice that a
 // client left. The body of a GET, HEAD or DELETE is discarded.
-func receiveBody(w *recorder, r *http.Request, timeout time.Duration) error {
-	body := receivedBody{new(bytes.Buffer)}
-	defer func() { r.Body = body }()
-	if r.Body == http.NoBody {
-		return nil
+func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
+	if r.ContentLength != 0 { // else its end would look like a client that left
+		w.SetReadDeadline(deadline) // a context does not unblock Read
 	}
-	control := http.NewResponseController(w)
-	control.SetReadDeadline(time.Now().Add(timeout)) // a context does not unblock Read
-	var err error
-	if limited := http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody); strings.HasPrefix(r.Method, "P") {
+	body, sink := receivedBody{new(bytes.Buffer)}, io.Discard
+	if strings.HasPrefix(r.Method, "P") {
 		body.Grow(int(min(max(r.ContentLength, 0), maxBody)) + bytes.MinRead)
-		_, err = body.ReadFrom(limited)
-	} else {
-		_, err = io.Copy(io.Discard, limited)
+		sink = body
 	}
-	var tooLarge *http.MaxBytesError
+	_, err := io.Copy(sink, http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody))
+	w.SetReadDeadline(time.Time{})
+	r.Body = body
+	_, isTooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
-	case errors.As(err, &tooLarge):
-		control.SetReadDeadline(time.Now()) // net/http would wait for the rest
-		detail := fmt.Sprintf("The body is too large; the limit is %d bytes", maxBody)
-		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: detail}
+	case isTooLarge:
+		return refuse(http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is too large; the limit is %d bytes", maxBody))
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return &problem{Status: http.StatusRequestTimeout, Detail: "The body did not arrive in time"}
+		return refuse(http.StatusRequestTimeout, "The body did not arrive in time")
 	case err != nil:
 		return invalid(inBody("", "ended before Content-Length"))
 	}
-	control.SetReadDeadline(time.Time{})
 	return nil
 }
 
 // gate limits how many requests are inside it.
 type gate chan struct{}
 
-// limit makes a handler refuse requests beyond the limit.
+// queue makes requests beyond the limit wait within their deadline.
+func (g gate) queue(h handler) handler { return g.limit("", h) }
+
+// limit makes a handler refuse requests beyond the limit. If what is "", it queues them.
 func (g gate) limit(what string, h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		select {
 		case g <- struct{}{}:
-			defer g.leave()
-			return h(w, r)
 		default:
-			return unavailable("Too many concurrent " + what + "; try again in a second")
-		}
-	}
-}
-
-// queue makes requests beyond the limit wait within their deadline.
-func (g gate) queue(h handler) handler {
-	return func(w http.ResponseWriter, r *http.Request) error {
-		if err := g.wait(r.Context()); err != nil {
-			return err
+			if what != "" {
+				return refuse(http.StatusServiceUnavailable, "Too many concurrent "+what+"; try again in a second")
+			}
+			if err := g.wait(r.Context()); err != nil {
+				return err
+			}
 		}
 		defer g.leave()
 		return h(w, r)
 	}
 }
+
+func (g gate) leave() { <-g }
 
 func (g gate) wait(ctx context.Context) error {
 	select {
@@ -577,14 +519,12 @@ func (g gate) wait(ctx context.Context) error {
 	}
 }
 
-func (g gate) leave() { <-g }
-
 // recorder remembers the status. It renews the write deadline, so that a client
 // that stops reading for writeTimeout is disconnected.
 type recorder struct {
 	http.ResponseWriter
-	status int // 0 until the status line is written
-	failed bool
+	*http.ResponseController
+	status int // 0 until the status line is written; statusClientLeft after a failed write
 }
 
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
@@ -599,24 +539,21 @@ func (w *recorder) WriteHeader(status int) {
 func (w *recorder) Write(p []byte) (written int, err error) {
 	w.status = cmp.Or(w.status, http.StatusOK)
 	for piece := range slices.Chunk(p, writeSize) {
-		w.renewDeadline()
+		w.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := w.ResponseWriter.Write(piece)
 		if written += n; err != nil {
-			w.failed = true
+			w.status = statusClientLeft
 			return written, err
 		}
 	}
 	return written, nil
 }
 
-func (w *recorder) renewDeadline() {
-	http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTimeout))
-}
-
-// finish responds with the handler's error, logs it if it is the server's, and
-// returns the status to count.
-func (w *recorder) finish(r *http.Request, id string, err error) int {
-	w.renewDeadline() // for the closing bytes, and whatever net/http has buffered
+// finish responds with the handler's error and returns the status to count. It
+// logs errors of the service: not those that the client caused, its own deadline
+// included, and not that there is no Cassandra, which the log has said already.
+func (w *recorder) finish(r *http.Request, err error) int {
+	w.SetWriteDeadline(time.Now().Add(writeTimeout)) // for the closing bytes, and whatever net/http has buffered
 	switch {
 	case err == nil:
 		return cmp.Or(w.status, http.StatusOK)
@@ -624,47 +561,36 @@ func (w *recorder) finish(r *http.Request, id string, err error) int {
 		return statusAborted
 	}
 	p := asProblem(context.Cause(r.Context()), err)
-	if w.failed || p.Status == statusClientLeft {
+	if w.status == statusClientLeft || p.Status == statusClientLeft {
 		return statusClientLeft
 	}
-	p.Title, p.RequestID = http.StatusText(p.Status), id
-	if isServerFault(r, p, err) {
-		slog.Error("request failed", "request_id", id, "method", r.Method, "path", r.URL.Path, "status", p.Status, "error", err)
+	p.Title, p.RequestID = http.StatusText(p.Status), w.Header().Get("X-Request-Id")
+	if broken, ok := errors.AsType[*streamError](err); ok && w.status != 0 {
+		p.PageState = broken.pageState
+	}
+	isClients := err == error(p) || r.Header["X-Request-Timeout"] != nil && errors.Is(err, context.DeadlineExceeded)
+	if p.Status >= 500 && !isClients && !isUnreachable(err) {
+		slog.Error("request failed",
+			"request_id", p.RequestID, "method", r.Method, "path", r.URL.Path, "status", p.Status, "error", err)
 	}
 	body, _ := json.Marshal(p)
-	body = append(body, '\n')
 	switch {
 	case w.status == 0:
-		w.writeProblem(p, body)
+		if p.Status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", "1")
+		}
+		for name, only := range map[string]int{"ETag": http.StatusPreconditionFailed, "Location": http.StatusGatewayTimeout} {
+			if p.Status != only { // the handler set it for another outcome
+				w.Header().Del(name)
+			}
+		}
+		writeBody(w, p.Status, "application/problem+json", body, []byte("\n"))
 		return p.Status
 	case w.Header().Get("Content-Type") == ndjson:
-		w.Write(body)
-		http.NewResponseController(w).Flush()
+		w.Write(append(body, '\n'))
+		w.Flush()
 	}
 	return statusAborted
-}
-
-// isServerFault reports whether an error belongs in the log: not if the client
-// caused it or set the deadline, and not if there is simply no Cassandra, which
-// the log has said already.
-func isServerFault(r *http.Request, p *problem, err error) bool {
-	isClients := r.Header["X-Request-Timeout"] != nil && errors.Is(err, context.DeadlineExceeded)
-	return p.Status >= 500 && err != error(p) && !isClients && !isUnreachable(err)
-}
-
-func (w *recorder) writeProblem(p *problem, body []byte) {
-	w.Header().Set("Content-Type", "application/problem+json")
-	if p.Status == http.StatusServiceUnavailable {
-		w.Header().Set("Retry-After", "1")
-	}
-	if p.Status != http.StatusPreconditionFailed {
-		w.Header().Del("ETag")
-	}
-	if p.Status != http.StatusGatewayTimeout {
-		w.Header().Del("Location")
-	}
-	w.WriteHeader(p.Status)
-	w.Write(body)
 }
 
 // problem is an RFC 9457 error response.
@@ -695,84 +621,59 @@ func invalid(errs ...fieldError) *problem {
 	return &problem{Status: http.StatusUnprocessableEntity, Detail: "The request is not valid; see errors", Errors: errs}
 }
 
-func unavailable(detail string) *problem {
-	return &problem{Status: http.StatusServiceUnavailable, Detail: detail}
-}
+func refuse(status int, detail string) *problem { return &problem{Status: status, Detail: detail} }
 
 // notFound is an error that becomes a 404 response.
 type notFound string
 
 func (e notFound) Error() string { return string(e) }
 
-// asProblem maps every error to a response; the driver's text only goes to the
-// log. cause says why the request's context ended, its own deadline aside: because
-// the client left or a drain timed out.
+// asProblem maps every error to a response; the driver's text only goes to the log.
+// cause is why the request's context ended, its own deadline aside: the client left,
+// or a drain timed out.
 func asProblem(cause, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
 	}
-	respond := func(status int, detail string) *problem {
-		p := &problem{Status: status, Detail: detail}
-		if broken, ok := errors.AsType[*streamError](err); ok {
-			p.PageState = broken.pageState
-		}
-		return p
-	}
-	missing, isMissing := errors.AsType[notFound](err)
-	outcome := outcomeOf(err)
-	switch {
+	_, isMissing := errors.AsType[notFound](err)
+	switch outcome := outcomeOf(err); {
 	case cause != nil && cause != errShutdown:
-		return respond(statusClientLeft, "")
+		return refuse(statusClientLeft, "")
 	case isMissing:
-		return respond(http.StatusNotFound, string(missing))
+		return refuse(http.StatusNotFound, err.Error())
 	case errors.Is(err, errTagMismatch):
-		return respond(http.StatusPreconditionFailed, "If-Match does not match the user's current ETag")
+		return refuse(http.StatusPreconditionFailed, "If-Match does not match the user's current ETag")
 	case errors.Is(err, errKeyReused):
 		return invalid(fieldError{Header: "Idempotency-Key", Detail: "was used for a different request"})
 	case outcome == inDoubt:
-		return respond(http.StatusGatewayTimeout, inDoubtDetail(err))
-	case outcome == notWritten:
-		return respond(http.StatusServiceUnavailable, "Cassandra is not available; try again in a moment")
+		return refuse(http.StatusGatewayTimeout, inDoubtDetail(err))
 	case cause == errShutdown:
-		return respond(http.StatusServiceUnavailable, "The service is shutting down")
+		return refuse(http.StatusServiceUnavailable, "The service is shutting down")
+	case outcome == notWritten:
+		return refuse(http.StatusServiceUnavailable, "Cassandra is not available; try again in a moment")
 	case outcome == late || errors.Is(err, context.DeadlineExceeded):
-		return respond(http.StatusGatewayTimeout, "timeout: the deadline passed before the response was ready")
+		return refuse(http.StatusGatewayTimeout, "timeout: the deadline passed before the response was ready")
 	}
-	return respond(http.StatusInternalServerError, "Internal error; search the log for this request_id")
+	return refuse(http.StatusInternalServerError, "Internal error; search the log for this request_id")
 }
 
 // writeJSON responds with a JSON body, which it encodes before it sends the status.
 func writeJSON(w http.ResponseWriter, status int, value any) error {
-	var body bytes.Buffer
-	encoder := json.NewEncoder(&body)
-	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(value); err != nil {
+	body, err := json.Marshal(value)
+	if err != nil {
 		return fmt.Errorf("encoding the response: %w", err)
 	}
-	return writeBody(w, status, "application/json", body.Bytes())
+	return writeBody(w, status, "application/json", body, []byte("\n"))
 }
 
 // writeBody responds with a body that may come in several parts.
 func writeBody(w http.ResponseWriter, status int, contentType string, parts ...[]byte) error {
-	size := 0
-	for _, part := range parts {
-		size += len(part)
-	}
+	body := slices.Concat(parts...)
 	w.Header().Set("Content-Type", contentType)
-	w.Header().Set("Content-Length", strconv.Itoa(size))
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
-	for _, part := range parts {
-		if _, err := w.Write(part); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// headerHas reports whether a header's comma-separated list has an item.
-func headerHas(r *http.Request, name, item string) bool {
-	list := strings.Split(strings.Join(r.Header.Values(name), ","), ",")
-	return slices.ContainsFunc(list, func(text string) bool { return strings.EqualFold(strings.TrimSpace(text), item) })
+	_, err := w.Write(body)
+	return err
 }
 
 // preferred negotiates the content type: it returns the offer with the highest
@@ -782,10 +683,8 @@ func preferred(r *http.Request, offers ...string) string {
 	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
 		mediaType, params, err := mime.ParseMediaType(accepted)
 		q, qErr := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
-		if err != nil || qErr != nil {
-			continue
-		}
-		if slices.Contains(offers, mediaType) && (q > bestQ || q == bestQ && mediaType == offers[0]) {
+		isBetter := q > bestQ || q == bestQ && mediaType == offers[0]
+		if err == nil && qErr == nil && isBetter && slices.Contains(offers, mediaType) {
 			best, bestQ = mediaType, q
 		}
 	}
@@ -806,22 +705,20 @@ func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
 }
 
 // getDocument responds with an embedded file. Its policy lets the page run its
-// own style and script, and talk to this service only.
+// only <style> and <script>, and talk to this service only.
 func getDocument(body []byte, contentType string) handler {
-	policy := fmt.Sprintf("default-src 'none'; style-src %s; script-src %s; connect-src 'self'; img-src data:; "+
-		"base-uri 'none'; form-action 'none'; frame-ancestors 'none'", inlineSource(body, "style"), inlineSource(body, "script"))
+	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; " +
+		"frame-ancestors 'none'"
+	for _, element := range []string{"style", "script"} {
+		_, rest, _ := bytes.Cut(body, []byte("<"+element+">"))
+		text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
+		sum := sha256.Sum256(text)
+		policy += fmt.Sprintf("; %s-src 'sha256-%s'", element, base64.StdEncoding.EncodeToString(sum[:]))
+	}
 	return func(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Content-Security-Policy", policy)
 		return writeBody(w, http.StatusOK, contentType, body)
 	}
-}
-
-// inlineSource returns the policy's source for the page's only <style> or <script>.
-func inlineSource(page []byte, element string) string {
-	_, rest, _ := bytes.Cut(page, []byte("<"+element+">"))
-	text, _, _ := bytes.Cut(rest, []byte("</"+element+">"))
-	sum := sha256.Sum256(text)
-	return "'sha256-" + base64.StdEncoding.EncodeToString(sum[:]) + "'"
 }
 
 // postShutdown handles POST /shutdown, which does what SIGTERM does. It is for
@@ -829,9 +726,10 @@ func inlineSource(page []byte, element string) string {
 func (rt *router) postShutdown(w http.ResponseWriter, r *http.Request) error {
 	switch {
 	case !rt.allowShutdown:
-		return &problem{Status: http.StatusForbidden, Detail: "POST /shutdown is turned off; see SHUTDOWN_ENDPOINT"}
-	case !isLoopback(r.RemoteAddr) || !isLoopback(r.Host) || isForwarded(r.Header):
-		return &problem{Status: http.StatusForbidden, Detail: "Shutdown is only accepted directly from this machine"}
+		return refuse(http.StatusForbidden, "POST /shutdown is turned off; see SHUTDOWN_ENDPOINT")
+	case !isLoopback(r.RemoteAddr), !isLoopback(r.Host),
+		slices.ContainsFunc(slices.Collect(maps.Keys(r.Header)), forwarding.MatchString):
+		return refuse(http.StatusForbidden, "Shutdown is only accepted directly from this machine")
 	}
 	shutdown.draining.Store(true)
 	select {
@@ -850,16 +748,5 @@ func hostname(address string) string {
 }
 
 func isLoopback(address string) bool {
-	ip, err := netip.ParseAddr(hostname(address))
-	return strings.EqualFold(hostname(address), "localhost") || err == nil && ip.Unmap().IsLoopback()
-}
-
-func isForwarded(header http.Header) bool {
-	traces := []string{"Forwarded", "Via", "X-Real-Ip", "True-Client-Ip", "Cf-Connecting-Ip"}
-	for name := range header {
-		if strings.HasPrefix(name, "X-Forwarded") || slices.Contains(traces, name) {
-			return true
-		}
-	}
-	return false
+	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
 }

@@ -220,7 +220,8 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	u, err := readUser(r.Context(), id, headerHas(r, "Cache-Control", "no-cache"))
+	caching := strings.ToLower(strings.Join(r.Header["Cache-Control"], ","))
+	u, err := readUser(r.Context(), id, strings.Contains(caching, "no-cache"))
 	if err != nil {
 		return err
 	}
