@@ -90,6 +90,7 @@ func runTests(m *testing.M) (status int, err error) {
 	return status, admin.Query(`DROP KEYSPACE "` + keyspace + `"`).Exec()
 }
 
+// exec runs a statement that the service never runs.
 func exec(t testing.TB, statement string, values ...any) {
 	t.Helper()
 	must(t, currentSession().Query(statement, values...).Exec())
@@ -109,6 +110,13 @@ func concurrently(n int, f func(i int)) {
 	running.Wait()
 }
 
+func pick[T any](condition bool, yes, no T) T {
+	if condition {
+		return yes
+	}
+	return no
+}
+
 // response is what a client receives.
 type response struct {
 	request string // such as "GET /users"
@@ -126,17 +134,19 @@ func (r response) String() string {
 // do sends a request, such as "GET /users", to the service in process. Headers
 // are "Name: value". The default Content-Type is JSON.
 func do(t testing.TB, request, body string, headers ...string) response {
-	return record(service, newRequest(t.Context(), request, body, headers...))
+	return doOn(t, service, request, body, headers...)
+}
+
+func doOn(t testing.TB, h http.Handler, request, body string, headers ...string) response {
+	return record(h, newRequest(t.Context(), request, body, headers...))
 }
 
 func newRequest(ctx context.Context, request, body string, headers ...string) *http.Request {
-	var reader io.Reader
-	if body != "" {
-		reader = strings.NewReader(body)
-	}
 	method, target, _ := strings.Cut(request, " ")
-	r := httptest.NewRequestWithContext(ctx, method, target, reader)
-	r.Host = "localhost"
+	r := httptest.NewRequestWithContext(ctx, method, target, strings.NewReader(body))
+	if r.Host = "localhost"; body == "" {
+		r.Body = http.NoBody
+	}
 	for _, h := range headers {
 		if name, value, _ := strings.Cut(h, ": "); name == "Host" {
 			r.Host = value
@@ -178,9 +188,7 @@ func decode[T any](t testing.TB, r response, status int) (value T) {
 	if r.status != status || r.aborted {
 		t.Fatalf("%s; want %d", r, status)
 	}
-	if err := json.Unmarshal([]byte(r.body), &value); err != nil {
-		t.Fatalf("%s: %v", r, err)
-	}
+	must(t, json.Unmarshal([]byte(r.body), &value))
 	return value
 }
 
@@ -303,10 +311,8 @@ func serve(t testing.TB, h http.Handler) string {
 	server := httptest.NewUnstartedServer(h)
 	server.Config.ConnContext = limitSendBuffer
 	server.Start()
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
-	})
+	t.Cleanup(server.Close)
+	t.Cleanup(server.CloseClientConnections) // first
 	return server.URL
 }
 
@@ -317,12 +323,12 @@ func send(t testing.TB, url, request string) *net.TCPConn {
 	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(20 * time.Second))
-	if _, err := io.WriteString(conn, request); err != nil {
-		t.Fatal(err)
-	}
+	_, err = io.WriteString(conn, request)
+	must(t, err)
 	return conn.(*net.TCPConn)
 }
 
+// receive returns everything until the service closes the connection.
 func receive(t testing.TB, conn io.Reader) string {
 	t.Helper()
 	text, err := io.ReadAll(conn)
@@ -352,14 +358,12 @@ func captureLog(t testing.TB) (logged func() []string) {
 
 // environ returns a getenv for settings such as "ADDR=:8000".
 func environ(settings ...string) func(string) string {
-	return func(name string) string {
-		for _, s := range settings {
-			if value, ok := strings.CutPrefix(s, name+"="); ok {
-				return value
-			}
-		}
-		return ""
+	values := map[string]string{}
+	for _, s := range settings {
+		name, value, _ := strings.Cut(s, "=")
+		values[name] = value
 	}
+	return func(name string) string { return values[name] }
 }
 
 func TestInvalidSettings(t *testing.T) {
@@ -520,10 +524,10 @@ func TestAccept(t *testing.T) {
 	} {
 		target, accept, _ := strings.Cut(request, "|")
 		r := do(t, target, "", "Accept: "+accept)
-		wantStatus(t, r, map[bool]int{true: 302, false: 200}[contentType == ""])
+		wantStatus(t, r, pick(contentType == "", 302, 200))
 		wantHeader(t, r, "Content-Type", contentType)
 		wantHeader(t, r, "Vary", "Accept")
-		wantHeader(t, r, "Location", map[bool]string{true: "/docs"}[contentType == ""])
+		wantHeader(t, r, "Location", pick(contentType == "", "/docs", ""))
 	}
 }
 
@@ -576,7 +580,7 @@ const internalError = "Internal error; search the log for this request_id"
 func TestPanicIsLoggedOnceAndHidden(t *testing.T) {
 	logged := captureLog(t)
 	h := routed(func(http.ResponseWriter, *http.Request) error { panic("secret text") })
-	wantProblem(t, record(h, newRequest(t.Context(), "GET /test", "", "X-Request-Id: the-one")), 500, internalError)
+	wantProblem(t, doOn(t, h, "GET /test", "", "X-Request-Id: the-one"), 500, internalError)
 	lines := logged()
 	for _, part := range []string{"level=ERROR", "request_id=the-one", "method=GET", "path=/test", "status=500", "secret text",
 		"main_test.go:"} {
@@ -655,10 +659,10 @@ func TestAllowedHosts(t *testing.T) {
 		must(t, err)
 		for target := range strings.FieldsSeq("/ /docs /nothing") {
 			get := func(host string) response {
-				return record(newRouter(cfg), newRequest(t.Context(), "GET "+target, "", "Host: "+host))
+				return doOn(t, newRouter(cfg), "GET "+target, "", "Host: "+host)
 			}
 			for host := range strings.SplitSeq(tt.good, "|") {
-				wantStatus(t, get(host), map[bool]int{true: 404, false: 200}[target == "/nothing"])
+				wantStatus(t, get(host), pick(target == "/nothing", 404, 200))
 			}
 			for host := range strings.SplitSeq(strings.TrimPrefix(tt.refused, "-"), "|") {
 				failIf(t, tt.refused != "-" && get(host).status != 421, "Host %q is not refused", host)
@@ -716,7 +720,7 @@ func TestBodyOfAGetIsDiscarded(t *testing.T) {
 			wantEqual(t, request+": body held", r.Body.(receivedBody).Cap() >= maxBody, want)
 			return nil
 		})
-		wantStatus(t, record(h, newRequest(t.Context(), request, strings.Repeat(" ", maxBody))), 200)
+		wantStatus(t, doOn(t, h, request, strings.Repeat(" ", maxBody)), 200)
 	}
 	wantStatus(t, do(t, "DELETE "+missingPath(), strings.Repeat("x", maxBody)), 204)
 }
@@ -736,13 +740,13 @@ func TestSumOfBodies(t *testing.T) {
 		!strings.Contains(text, detail) {
 		t.Errorf("one more body: %q, want 503", text)
 	}
-	wantStatus(t, record(rt, newRequest(t.Context(), "GET /users", "")), 200)
+	wantStatus(t, doOn(t, rt, "GET /users", ""), 200)
 	for _, conn := range conns {
 		conn.Close()
 	}
 	failIf(t, !waitUntil(func() bool { return rt.bodies.Load() == 0 }, 10*time.Second),
 		"bodies = %d bytes after all clients left, want 0", rt.bodies.Load())
-	wantStatus(t, record(rt, newRequest(t.Context(), "POST /users", adaBody)), 201)
+	wantStatus(t, doOn(t, rt, "POST /users", adaBody), 201)
 }
 
 func TestMaxInFlight(t *testing.T) {
@@ -754,7 +758,7 @@ func TestMaxInFlight(t *testing.T) {
 	for range 3 {
 		send(t, url, postHead+"Content-Length: 9\r\n\r\n{") // slow bodies occupy no slot
 	}
-	get := func(target string) response { return record(rt, newRequest(t.Context(), "GET "+target, "")) }
+	get := func(target string) response { return doOn(t, rt, "GET "+target, "") }
 	var inside sync.WaitGroup
 	for range 2 {
 		inside.Go(func() { wantStatus(t, get("/test"), 200) })
@@ -766,7 +770,7 @@ func TestMaxInFlight(t *testing.T) {
 	for target := range strings.FieldsSeq("/ /health /metrics") {
 		wantStatus(t, get(target), 200)
 	}
-	wantStatus(t, record(rt, newRequest(t.Context(), "POST /shutdown", "")), 403) // exempt, too
+	wantStatus(t, doOn(t, rt, "POST /shutdown", ""), 403) // exempt, too
 	failIf(t, figure(t, "requests_in_flight") < 2, "requests_in_flight = %g, want at least 2", figure(t, "requests_in_flight"))
 	close(leave)
 	inside.Wait()
@@ -834,7 +838,7 @@ func TestShutdownEndpoint(t *testing.T) {
 func wantHealth(t testing.TB, r response, status int, state string, connected bool) {
 	t.Helper()
 	wantJSON(t, r, status, fmt.Sprintf(`{"status":%q,"cassandra":%q,"cassandra_connected":%t,"keyspace":%q}`, state,
-		map[bool]string{true: "connected", false: "disconnected"}[connected], connected, config.cluster.keyspace), "latency_ms", "timestamp")
+		pick(connected, "connected", "disconnected"), connected, config.cluster.keyspace), "latency_ms", "timestamp")
 	measured := regexp.MustCompile(`"latency_ms":[0-9.e-]+,.*"timestamp":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"`)
 	wantEqual(t, "measurements in "+r.body, measured.MatchString(r.body), true)
 	wantHeader(t, r, "Retry-After", map[int]string{503: "1"}[status])
@@ -915,10 +919,10 @@ func TestFaultsByKindOfStatement(t *testing.T) {
 	check := func(kind queryKind, status int, err error, unreachable bool) {
 		h := routed(func(http.ResponseWriter, *http.Request) error { return queryErrorf(kind, err, "testing") })
 		detail := map[int]string{500: internalError, 503: notAvailable, 504: timeouts[kind]}[status]
-		wantProblem(t, record(h, newRequest(t.Context(), "GET /test", "")), status, detail)
+		wantProblem(t, doOn(t, h, "GET /test", ""), status, detail)
 		lines := logged()
 		failIf(t, unreachable != (lines == nil) || len(lines) > 1, "log = %q for %v", lines, err)
-		wantStatus(t, record(h, newRequest(t.Context(), "GET /test", "", "X-Request-Timeout: 5")), status)
+		wantStatus(t, doOn(t, h, "GET /test", "", "X-Request-Timeout: 5"), status)
 		wantEqual(t, fmt.Sprintf("%v in the client's own time is logged", err), logged() != nil, !unreachable && err != context.DeadlineExceeded)
 	}
 	for _, tt := range faults {
@@ -1076,7 +1080,7 @@ func TestContentTypes(t *testing.T) {
 	refused := strings.Split("|text/plain|application/x-www-form-urlencoded|application/jsonx|application/json/x|application/vnd.api+json|json|application/json; charset|"+
 		"application/json, text/plain|application/merge-patch+json", "|")
 	for request := range strings.SplitSeq("POST /users|POST /users/batch|PUT "+path+"|PATCH "+path, "|") {
-		body := map[bool]string{true: "[" + adaBody + "]", false: adaBody}[strings.HasSuffix(request, "batch")]
+		body := pick(strings.HasSuffix(request, "batch"), "["+adaBody+"]", adaBody)
 		for _, contentType := range refused {
 			if r := do(t, request, body, "Content-Type: "+contentType); strings.HasPrefix(request, "PATCH") && strings.Contains(contentType,
 				"merge-patch") {
@@ -1086,8 +1090,7 @@ func TestContentTypes(t *testing.T) {
 			}
 		}
 		for contentType := range strings.SplitSeq("application/json|Application/JSON|application/json; charset=utf-8", "|") {
-			wantStatus(t, do(t, request, body, "Content-Type: "+contentType), map[bool]int{true: 201, false: 200}[strings.HasPrefix(request,
-				"POST")])
+			wantStatus(t, do(t, request, body, "Content-Type: "+contentType), pick(strings.HasPrefix(request, "POST"), 201, 200))
 		}
 	}
 }
@@ -1300,7 +1303,7 @@ func TestRowsWithNullColumns(t *testing.T) {
 			wantBody(t, do(t, "GET "+path, ""), 200, `{"id":"`+id.String()+null)
 			method, body, _ := strings.Cut(request, " ")
 			r := do(t, method+" "+path, body, header)
-			wantStatus(t, r, map[bool]int{true: 204, false: 200}[want == ""])
+			wantStatus(t, r, pick(want == "", 204, 200))
 			got := do(t, "GET "+path, "")
 			failIf(t, !strings.Contains(r.body, want) || !strings.Contains(got.body, want) || (got.status == 404) != (want == ""),
 				"%s; then %s; want %s", r, got, want)
@@ -1356,10 +1359,10 @@ func TestIfMatch(t *testing.T) {
 				wantStatus(t, do(t, "GET "+path, ""), 404)
 			default:
 				wantBody(t, do(t, "GET "+path, ""), 200, r.body)
-				wantStatus(t, do(t, method+" "+path, body, given...), map[bool]int{true: 200, false: 412}[strings.HasSuffix(headers, "*")])
+				wantStatus(t, do(t, method+" "+path, body, given...), pick(strings.HasSuffix(headers, "*"), 200, 412))
 			}
 			missing := do(t, method+" "+missingPath(), body, given...)
-			wantStatus(t, missing, map[bool]int{true: 412, false: 404}[method == "DELETE"])
+			wantStatus(t, missing, pick(method == "DELETE", 412, 404))
 			wantHeader(t, missing, "ETag", "")
 		}
 	}
@@ -1425,7 +1428,7 @@ func TestRequestsPastTheirDeadline(t *testing.T) {
 		"POST /context_manager_safety/query_error|GET /users/stream|GET /users/stream?limit=5|GET /users/stream?age_filter=1|GET /users/stream/pages", "|") {
 		detail := cmp.Or(map[string]string{"POST /users": inDoubtUser, "POST /users/batch": inDoubtUsers, "DELETE PATH": inDoubtEdit}[request],
 			tooLate)
-		body := map[bool]string{true: "[" + adaBody + "]", false: adaBody}[strings.HasSuffix(request, "batch")]
+		body := pick(strings.HasSuffix(request, "batch"), "["+adaBody+"]", adaBody)
 		for header := range strings.SplitSeq("X-Other: 1|Accept: application/x-ndjson|Idempotency-Key: "+uuid.NewString(), "|") {
 			r := do(t, strings.Replace(request, "PATH", path, 1), body, "X-Request-Timeout: 0.000000001", header)
 			wantEqual(t, request+" has a Location", isPath.MatchString(r.header.Get("Location")), request == "POST /users")
@@ -1506,12 +1509,12 @@ func TestLargestBatch(t *testing.T) {
 		n     int
 		texts func(i int) int // bytes of name and email
 	}{
-		{55, func(i int) int { return map[bool]int{true: small, false: largest}[i >= 53] }}, // every text field at its maximum
+		{55, func(i int) int { return pick(i >= 53, small, largest) }}, // every text field at its maximum
 		{maxBatch, func(int) int { return 283 }}, {maxBatch, func(i int) int { return small + (i+1)%2*2*(283-small) }},
 	} {
 		post := func(more int) response {
 			return do(t, "POST /users/batch", batchOf(tt.n, func(i int) (name, email string) {
-				return textsOf(tt.texts(i) + map[bool]int{true: more}[i == tt.n-1])
+				return textsOf(tt.texts(i) + pick(i == tt.n-1, more, 0))
 			}))
 		}
 		rest := limit - len(post(0).body)
@@ -1631,7 +1634,7 @@ func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSi
 	t.Helper()
 	for i := 0; ; i++ {
 		size := fetchSizes[i%len(fetchSizes)]
-		r := record(h, newRequest(t.Context(), fmt.Sprintf("GET %s?%s&fetch_size=%d", path, query, size), ""))
+		r := doOn(t, h, fmt.Sprintf("GET %s?%s&fetch_size=%d", path, query, size), "")
 		members := decode[map[string]json.RawMessage](t, r, 200)
 		page := decode[[]json.RawMessage](t, response{body: string(members[member])}, 0)
 		state, more := strings.Trim(string(members["page_state"]), `"`), string(members["has_more"]) == "true"
@@ -1716,11 +1719,11 @@ func newTable(t *testing.T, n int) (name string, streamed, pages http.Handler, i
 func TestQueriesOfAStream(t *testing.T) {
 	empty, emptyStream, emptyPages, _ := newTable(t, 0)
 	_, fewStream, fewPages, _ := newTable(t, 20)
-	wantBody(t, record(emptyStream, newRequest(t.Context(), "GET /test", "")), 200, "[]\n")
-	wantBody(t, record(emptyPages, newRequest(t.Context(), "GET /test", "")), 200, `{"`+empty+`":[],"has_more":false,"page_state":null}`+"\n")
+	wantBody(t, doOn(t, emptyStream, "GET /test", ""), 200, "[]\n")
+	wantBody(t, doOn(t, emptyPages, "GET /test", ""), 200, `{"`+empty+`":[],"has_more":false,"page_state":null}`+"\n")
 	count := func(h http.Handler, query string, users int, most int64) {
 		before := counters.queries.Load()
-		r := record(h, newRequest(t.Context(), "GET /test?"+query, ""))
+		r := doOn(t, h, "GET /test?"+query, "")
 		wantEqual(t, "users of "+query, strings.Count(r.body, `"id":`), users)
 		n := counters.queries.Load() - before
 		failIf(t, n < 1 || n > most, "%s: %d queries, want 1 to %d", query, n, most)
@@ -1736,7 +1739,7 @@ func TestQueriesOfAStream(t *testing.T) {
 // firstToken returns the page_state of a first page.
 func firstToken(t testing.TB, h http.Handler, target string) string {
 	t.Helper()
-	state, _ := decode[map[string]any](t, record(h, newRequest(t.Context(), "GET "+target, "")), 200)["page_state"].(string)
+	state, _ := decode[map[string]any](t, doOn(t, h, "GET "+target, ""), 200)["page_state"].(string)
 	if state == "" {
 		t.Fatalf("no page_state after %s", target)
 	}
@@ -1772,7 +1775,7 @@ func TestDamagedPageTokens(t *testing.T) {
 	} {
 		wantInvalid(t, do(t, "GET "+target, ""), err)
 	}
-	wantInvalid(t, record(otherPages, newRequest(t.Context(), "GET /test?page_state="+token, "")), corrupt)
+	wantInvalid(t, doOn(t, otherPages, "GET /test?page_state="+token, ""), corrupt)
 }
 
 func TestPageTokenKeepsItsQuery(t *testing.T) {
@@ -1837,7 +1840,7 @@ func TestIDsWithTheSameToken(t *testing.T) {
 			insert(u)
 		}
 	}
-	all := record(streamed, newRequest(t.Context(), "GET /test", "")).body
+	all := doOn(t, streamed, "GET /test", "").body
 	wantEqual(t, "users", strings.Count(all, `"id"`), 10)
 	for size := 1; size <= 10; size++ { // the first page ends between two of them, or behind both
 		for query := range strings.SplitSeq("|age_filter=30", "|") {
@@ -2064,7 +2067,7 @@ func figure(t testing.TB, path string) float64 {
 		value = value.(map[string]any)[name]
 	}
 	if isTrue, ok := value.(bool); ok {
-		return map[bool]float64{true: 1}[isTrue]
+		return pick(isTrue, 1.0, 0)
 	}
 	return value.(float64)
 }
@@ -2338,6 +2341,6 @@ func handled(request, body string, rows int) func() (int, error) {
 	return func() (int, error) {
 		w := &httptest.ResponseRecorder{} // keeps no body
 		service.ServeHTTP(w, newRequest(context.Background(), request, body))
-		return map[bool]int{true: rows}[w.Code < 300], nil
+		return pick(w.Code < 300, rows, 0), nil
 	}
 }
