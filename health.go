@@ -9,13 +9,17 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,31 +30,29 @@ import (
 )
 
 const (
-	healthTimeout  = 2 * time.Second        // of the query behind /health
-	pingInterval   = time.Second            // also while idle, when no request would notice an outage
-	pingTimeout    = 3 * time.Second        // three times the slowest round trip that is expected
-	deadAfter      = 3 * time.Second        // without a successful ping: open another session
-	dialTimeout    = 2 * time.Second        // for a TCP connection
-	connectTimeout = 4 * time.Second        // for each response while a connection starts
-	sessionTimeout = 30 * time.Second       // to create a session, which takes about 15 round trips
-	closeTimeout   = 5 * time.Second        // to close one; both can hang
-	firstRetry     = 250 * time.Millisecond // between attempts to connect, doubled each time
-	lastRetry      = time.Second            // the longest of them, to connect within 5 s
-	agreeTimeout   = 2 * time.Second        // for schema agreement; a node that is down never agrees
-	logInterval    = 10 * time.Second       // between log lines about an outage
-	queryTimeout   = 12 * time.Second       // of one page, longer than a node's own timeouts of 5 or 10 s
-	maxSkew        = 5 * time.Second        // between the clocks of service and node before it is logged
-	maxPending     = 1 << 20                // bytes of requests on one connection that are not sent yet
+	healthTimeout  = 2 * time.Second  // of the query behind /health
+	pingInterval   = time.Second      // also while idle, when no request would notice an outage
+	pingTimeout    = 3 * time.Second  // three times the slowest round trip that is expected
+	deadAfter      = 3 * time.Second  // without a successful ping: open another session
+	retryInterval  = time.Second      // between attempts to connect, to succeed within 5 s
+	dialTimeout    = 2 * time.Second  // for a TCP connection
+	connectTimeout = 4 * time.Second  // for each response while a connection starts
+	sessionTimeout = 30 * time.Second // to create a session, which takes about 15 round trips
+	agreeTimeout   = 2 * time.Second  // for schema agreement; a node that is down never agrees
+	logInterval    = 10 * time.Second // between log lines about an outage
+	queryTimeout   = 12 * time.Second // of one page, longer than a node's own timeouts of 5 or 10 s
+	maxSkew        = 5 * time.Second  // between the clocks of service and node before it is logged
+	maxPending     = 1 << 20          // bytes of requests on one connection that are not sent yet
 )
 
 const (
 	selectKeyspace = `SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = ?`
 	selectTables   = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ?`
-	createKeyspace = `CREATE KEYSPACE IF NOT EXISTS "%s" WITH replication = %s`
+	createKeyspace = `CREATE KEYSPACE IF NOT EXISTS "%s" WITH replication = `
 	selectNow      = `SELECT toUnixTimestamp(now()) FROM system.local WHERE key = 'local'`
 )
 
-// createTables are the tables by name; %s is the keyspace.
+// createTables are the statements that create the tables by name; %s is the keyspace.
 var createTables = map[string]string{
 	"users":            createUsersTable,
 	"idempotency_keys": createKeysTable,
@@ -61,34 +63,29 @@ var errNotConnected = queryErrorf(read, gocql.ErrNoConnections, "not connected t
 
 // cluster is the configuration of the connection to Cassandra.
 type cluster struct {
-	hosts       []string
-	port        int
-	keyspace    string
-	datacenter  string // "" is any
-	consistency gocql.Consistency
-	replication string // a CQL map, for a missing keyspace
-	username    string
-	password    string
-	tlsCA       string // a file of PEM certificates; "" is no TLS
+	hosts              []string
+	port               int
+	keyspace           string
+	datacenter         string // "" is any
+	consistency        gocql.Consistency
+	replication        string // a CQL map, for a missing keyspace
+	username, password string // "" is no authentication
+	tlsCA              string // a file of PEM certificates; "" is no TLS
 }
 
-// global holds the session shared by all requests. It is nil before the first
-// connection.
+// global holds the session shared by all requests, nil before the first connection.
 var global struct {
 	session atomic.Pointer[session]
 	cluster cluster // set once, before the first request
-	log     logLimiter
 }
 
-// session is a gocql session, safe for concurrent use, numbered from 1 and
-// incremented on every replacement.
+// session is a gocql session, safe for concurrent use. Sessions are numbered from 1.
 type session struct {
 	*gocql.Session
 	number int64
 }
 
-// currentSession returns the global session. It is nil before the first
-// connection, when no request reaches a handler that needs it.
+// currentSession returns the global session. No handler that needs it is called before it exists.
 func currentSession() *gocql.Session {
 	if s := global.session.Load(); s != nil {
 		return s.Session
@@ -96,8 +93,7 @@ func currentSession() *gocql.Session {
 	return nil
 }
 
-// keepConnected connects the global session in the background and watches it
-// until the returned function closes it.
+// keepConnected keeps the global session connected until the returned function closes it.
 func keepConnected(c cluster) (disconnect func()) {
 	global.cluster = c
 	ctx, cancel := context.WithCancel(context.Background())
@@ -107,46 +103,36 @@ func keepConnected(c cluster) (disconnect func()) {
 		cancel()
 		watching.Wait()
 		if s := currentSession(); s != nil {
-			closeSession(s, abortTimeout)
+			go s.Close() // in a goroutine, here and elsewhere, since it can hang
 		}
 	}
 }
 
-// watch pings the session once a second. If there is none, or if it has not
-// responded for a while, watch opens another and replaces it. The driver
-// reconnects a lost node by itself. But after a longer outage its session may
+// watch opens a session, pings it, and replaces it if it does not respond for a while.
+// The driver reconnects a lost node by itself. But after a longer outage its session may
 // stay dead, where a node came back under an address that can't be reached.
 func watch(ctx context.Context, c cluster) {
-	var lastResponse time.Time
-	for number := int64(1); ctx.Err() == nil; {
-		old := global.session.Load()
-		if old != nil && c.ping(ctx, old) {
-			lastResponse = time.Now()
-			sleep(ctx, pingInterval)
-			continue
-		}
-		if time.Since(lastResponse) < deadAfter {
-			sleep(ctx, firstRetry)
-			continue
-		}
-		fresh := c.openWithRetry(ctx)
-		if fresh == nil {
+	for number := int64(1); ; number++ {
+		s := c.openWithRetry(ctx)
+		if s == nil {
 			return
 		}
-		slog.Info("connected to Cassandra", "session", number, "keyspace", c.keyspace)
-		global.session.Store(&session{Session: fresh, number: number})
 		counters.connected.Store(true)
-		lastResponse = time.Now()
-		number++
-		if old != nil {
-			time.AfterFunc(queryTimeout, func() { closeSession(old.Session, closeTimeout) }) // by then its last query has finished
+		slog.Info("connected to Cassandra", "session", number, "keyspace", c.keyspace)
+		if old := global.session.Swap(&session{s, number}); old != nil {
+			time.AfterFunc(queryTimeout, old.Close) // by then its last query has finished
+		}
+		for last := time.Now(); time.Since(last) < deadAfter && ctx.Err() == nil; sleep(ctx, pingInterval) {
+			if c.ping(ctx, s) {
+				last = time.Now()
+			}
 		}
 	}
 }
 
 // ping reads the node's clock and recreates missing tables. Its queries are not
 // counted. Under overload a ping may time out while other queries succeed.
-func (c cluster) ping(ctx context.Context, s *session) bool {
+func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
 	var node int64
@@ -154,15 +140,14 @@ func (c cluster) ping(ctx context.Context, s *session) bool {
 	err := s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(nil).Scan(&node)
 	if err == nil {
 		recordSkew(time.UnixMilli(node).Sub(start.Add(time.Since(start) / 2)))
-		err = c.ensureTables(ctx, s.Session)
+		err = c.createMissing(ctx, s, selectTables, createTables)
 	}
 	ok := err == nil || time.Since(counters.started)-time.Duration(counters.lastResponse.Load()) < pingTimeout
 	counters.connected.Store(ok)
 	return ok
 }
 
-// recordSkew logs when the clocks of node and service begin and cease to differ
-// by more than maxSkew.
+// recordSkew logs when the clocks begin and cease to differ by more than maxSkew.
 func recordSkew(skew time.Duration) {
 	before := time.Duration(counters.skew.Swap(int64(skew)))
 	switch was, is := before.Abs() > maxSkew, skew.Abs() > maxSkew; {
@@ -175,49 +160,44 @@ func recordSkew(skew time.Duration) {
 
 // openWithRetry opens a session, or returns nil if ctx ends first.
 func (c cluster) openWithRetry(ctx context.Context) *gocql.Session {
-	counters.connected.Store(false)
-	var limiter logLimiter
-	for wait := firstRetry; ctx.Err() == nil; wait = min(2*wait, lastRetry) {
+	var logged time.Time
+	for ; ctx.Err() == nil; sleep(ctx, retryInterval) {
 		s, err := c.open(ctx)
 		if err == nil {
 			return s
 		}
-		if ctx.Err() == nil {
-			limiter.warn("cannot connect to Cassandra; retrying", "hosts", c.hosts, "port", c.port, "error", err)
+		if ctx.Err() == nil && time.Since(logged) >= logInterval {
+			slog.Warn("cannot connect to Cassandra; retrying",
+				"hosts", c.hosts, "port", c.port, "datacenter", c.datacenter, "error", err)
+			logged = time.Now()
 		}
-		sleep(ctx, wait)
 	}
 	return nil
 }
 
 // sleep waits for d or until ctx ends.
 func sleep(ctx context.Context, d time.Duration) {
-	select {
-	case <-time.After(d):
-	case <-ctx.Done():
-	}
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	<-ctx.Done()
 }
 
 // open returns a new session for the keyspace, with all tables in place.
 func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
-	cfg := c.config(&counters.connections)
-	cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
-	s, err := createSession(ctx, cfg)
+	s, err := createSession(ctx, c.config(&counters.connections))
 	if errors.Is(err, gocql.ErrNoConnectionsStarted) { // the driver's sign of a missing keyspace, among other things
-		if err := c.createKeyspace(ctx); err != nil {
-			return nil, err
+		if err = c.createKeyspace(ctx); err == nil {
+			s, err = createSession(ctx, c.config(&counters.connections))
 		}
-		cfg.PoolConfig.HostSelectionPolicy = c.policy() // a policy belongs to one session
-		s, err = createSession(ctx, cfg)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err = c.ensureTables(ctx, s); err == nil {
+	if err = c.createMissing(ctx, s, selectTables, createTables); err == nil {
 		err = prepare(ctx, s)
 	}
 	if err != nil {
-		closeSession(s, closeTimeout)
+		go s.Close()
 		return nil, err
 	}
 	return s, nil
@@ -231,56 +211,44 @@ func (c cluster) createKeyspace(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer closeSession(s, closeTimeout)
-	err = s.Query(selectKeyspace, c.keyspace).WithContext(ctx).Consistency(gocql.One).Scan(nil)
-	if !errors.Is(err, gocql.ErrNotFound) {
-		return err
-	}
-	return create(ctx, s, fmt.Sprintf(createKeyspace, c.keyspace, c.replication))
+	defer func() { go s.Close() }()
+	return c.createMissing(ctx, s, selectKeyspace, map[string]string{c.keyspace: createKeyspace + c.replication})
 }
 
-// ensureTables creates missing tables. It looks first, so a role without CREATE
-// works, and instances that start together rarely create a table twice, which a
-// cluster may not sort out.
-func (c cluster) ensureTables(ctx context.Context, s *gocql.Session) error {
-	found, name := map[string]bool{}, ""
-	rows := s.Query(selectTables, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(nil).Iter()
+// createMissing creates what a lookup does not find. So a role without CREATE works, and instances
+// that start together rarely create a table twice, which a cluster may not sort out.
+func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup string, create map[string]string) error {
+	missing, name := maps.Clone(create), ""
+	rows := s.Query(lookup, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(nil).Iter()
 	for rows.Scan(&name) {
-		found[name] = true
+		delete(missing, name)
 	}
 	if err := rows.Close(); err != nil {
-		return fmt.Errorf("looking up the tables: %w", err)
+		return fmt.Errorf("looking up the schema: %w", err)
 	}
-	for name, statement := range createTables {
-		if !found[name] {
-			if err := create(ctx, s, fmt.Sprintf(statement, c.keyspace)); err != nil {
-				return err
-			}
+	for _, statement := range missing {
+		if err := s.Query(fmt.Sprintf(statement, c.keyspace)).WithContext(ctx).Exec(); err != nil {
+			return fmt.Errorf("creating the schema: %w", err)
+		}
+		if err := s.AwaitSchemaAgreement(ctx); err != nil { // never comes while a node is down
+			slog.Warn("no schema agreement between nodes; continuing", "error", err)
 		}
 	}
 	return nil
 }
 
-// create runs a CREATE statement and waits until the nodes agree on the schema.
-func create(ctx context.Context, s *gocql.Session, statement string) error {
-	if err := s.Query(statement).WithContext(ctx).Exec(); err != nil {
-		return fmt.Errorf("creating the schema: %w", err)
-	}
-	if err := s.AwaitSchemaAgreement(ctx); err != nil { // never comes while a node is down
-		slog.Warn("no schema agreement between nodes; continuing", "error", err)
-	}
-	return nil
-}
-
-// errPrepared ends a query that only has to be prepared.
-var errPrepared = errors.New("statement prepared")
-
 // prepare prepares the hot statements, so that no request waits for that. The
 // routing key of a batch is computed under a lock that ignores deadlines.
 func prepare(ctx context.Context, s *gocql.Session) error {
-	for _, statement := range []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered} {
-		stop := func(*gocql.QueryInfo) ([]any, error) { return nil, errPrepared }
-		if err := s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec(); !errors.Is(err, errPrepared) {
+	prepared := errors.New("statement prepared") // ends a query that only has to be prepared
+	stop := func(*gocql.QueryInfo) ([]any, error) { return nil, prepared }
+	statements := []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered}
+	ended := make(chan error, len(statements))
+	for _, statement := range statements {
+		go func() { ended <- s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec() }()
+	}
+	for range statements {
+		if err := <-ended; !errors.Is(err, prepared) {
 			return fmt.Errorf("preparing statements: %w", err)
 		}
 	}
@@ -288,26 +256,23 @@ func prepare(ctx context.Context, s *gocql.Session) error {
 	return err
 }
 
-// config returns the driver's settings for one session. Where they depart from
-// the defaults, a comment says why.
-func (c cluster) config(dialer gocql.Dialer) *gocql.ClusterConfig {
+// config returns the driver's settings for one session.
+func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg := gocql.NewCluster(c.hosts...)
-	cfg.Port = c.port
-	cfg.Keyspace = c.keyspace
-	cfg.ProtoVersion = 4 // 5 fails with this driver, 0 costs a connection to find out
-	cfg.Consistency = c.consistency
-	cfg.SerialConsistency = gocql.LocalSerial // lightweight transactions stay in this data centre
-	cfg.ConnectTimeout = connectTimeout
-	cfg.Timeout = queryTimeout
-	cfg.NumConns = 1                      // reads are 10 to 27 % faster than over two, creates no slower
-	cfg.WriteCoalesceWaitTime = 0         // the default of 200 µs costs a lone query over a millisecond
-	cfg.ReconnectInterval = time.Second   // the default of a minute would be the length of an outage
-	cfg.Events.DisableSchemaEvents = true // nothing reads the driver's schema metadata
-	cfg.MaxWaitSchemaAgreement = agreeTimeout
+	cfg.Consistency, cfg.SerialConsistency = c.consistency, gocql.LocalSerial // transactions stay in this data centre
+	cfg.Port, cfg.Keyspace, cfg.Dialer = c.port, c.keyspace, dialer
+	cfg.ConnectTimeout, cfg.Timeout, cfg.MaxWaitSchemaAgreement = connectTimeout, queryTimeout, agreeTimeout
+	cfg.ProtoVersion = 4                    // 5 fails with this driver, 0 costs a connection to find out
+	cfg.NumConns = 1                        // reads are 10 to 27 % faster than over two, creates no slower
+	cfg.WriteCoalesceWaitTime = 0           // the default of 200 µs costs a lone query over a millisecond
+	cfg.ReconnectInterval = time.Second     // the default of a minute would be the length of an outage
+	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
+	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
-	cfg.Dialer = dialer
-	cfg.Logger = &global.log
-	cfg.PoolConfig.HostSelectionPolicy = c.policy()
+	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy())}
+	if dialer == &counters.connections { // the queries of a self-test's own session are not counted
+		cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
+	}
 	if c.datacenter != "" { // else the driver silently uses remote nodes, too
 		cfg.HostFilter = gocql.DataCentreHostFilter(c.datacenter)
 	}
@@ -320,71 +285,46 @@ func (c cluster) config(dialer gocql.Dialer) *gocql.ClusterConfig {
 	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
 }
 
-// policy returns a host selection policy for one session.
-func (c cluster) policy() gocql.HostSelectionPolicy {
-	fallback := gocql.RoundRobinHostPolicy()
-	if c.datacenter != "" {
-		fallback = gocql.DCAwareRoundRobinPolicy(c.datacenter)
-	}
-	return gocql.TokenAwareHostPolicy(fallback, gocql.ShuffleReplicas())
+// policy is the driver's policy, except that it reads the replication in the
+// background, which takes 14 round trips. Until then it knows one replica of each row.
+type policy struct{ gocql.HostSelectionPolicy }
+
+func (p policy) KeyspaceChanged(e gocql.KeyspaceUpdateEvent) {
+	go p.HostSelectionPolicy.KeyspaceChanged(e)
 }
 
-// createSession is gocql's CreateSession with a deadline.
-func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (s *gocql.Session, err error) {
+// createSession is gocql's CreateSession, which may panic or hang, with a deadline.
+func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Session, error) {
 	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
 	defer cancel()
-	created := make(chan *gocql.Session, 1)
-	err = within(ctx, func() error {
-		s, err := cfg.CreateSession()
-		if ctx.Err() != nil && s != nil { // too late
-			s.Close()
-		}
-		created <- s
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("creating a session: %w", err)
-	}
-	return <-created, nil
-}
-
-// closeSession closes a session, but does not wait longer than timeout.
-func closeSession(s *gocql.Session, timeout time.Duration) {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	within(ctx, func() error {
-		s.Close()
-		return nil
-	})
-}
-
-// within calls f, which may panic or hang, as the driver rarely does, and returns
-// when ctx ends at the latest.
-func within(ctx context.Context, f func() error) error {
-	done := make(chan error, 1)
+	var s *gocql.Session
+	created := make(chan error, 1)
 	go func() {
 		defer func() {
 			if v := recover(); v != nil {
-				done <- fmt.Errorf("panic: %v", v)
+				created <- fmt.Errorf("panic: %v", v)
 			}
 		}()
-		done <- f()
+		var err error
+		s, err = cfg.CreateSession()
+		created <- err
 	}()
 	select {
-	case err := <-done:
-		return err
+	case err := <-created:
+		return s, err
 	case <-ctx.Done():
-		return ctx.Err()
+		go func() {
+			if <-created == nil { // too late
+				s.Close()
+			}
+		}()
+		return nil, fmt.Errorf("creating a session: %w", ctx.Err())
 	}
 }
 
-// countingDialer opens connections for the driver and counts the open ones; the
-// driver doesn't report when it closes one.
-type countingDialer struct {
-	open, opened, failed atomic.Int64
-}
+// countingDialer counts the driver's connections; the driver doesn't report when it closes one.
+type countingDialer struct{ open, opened, failed atomic.Int64 }
 
-// DialContext implements gocql.Dialer.
 func (d *countingDialer) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
 	tcp, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
 	if err != nil {
@@ -511,29 +451,23 @@ const (
 // outcomeOf classifies an error. Anything that is neither a response of Cassandra,
 // nor a wrong value, nor the end of a context, is a failed connection.
 func outcomeOf(err error) outcome {
-	query, ok := errors.AsType[*queryError](err)
-	if !ok {
-		return bug
-	}
+	query, _ := errors.AsType[*queryError](err)
 	_, cannotMarshal := errors.AsType[gocql.MarshalError](err)
 	_, cannotUnmarshal := errors.AsType[gocql.UnmarshalError](err)
 	code := codeOf(err)
+	isInvalid := code == gocql.ErrCodeProtocol || gocql.ErrCodeSyntax <= code && code <= gocql.ErrCodeAlreadyExists
 	switch {
-	case cannotMarshal, cannotUnmarshal, slices.Contains(bugCodes, code):
+	case query == nil, cannotMarshal, cannotUnmarshal, isInvalid:
 		return bug
 	case isUnreachable(err), wasRefused(query, code):
 		return notWritten
 	case query.kind != read:
 		return inDoubt
-	case code == gocql.ErrCodeReadTimeout, errors.Is(err, context.DeadlineExceeded), errors.Is(err, gocql.ErrTimeoutNoResponse):
+	case code == gocql.ErrCodeReadTimeout, errors.Is(err, gocql.ErrTimeoutNoResponse),
+		errors.Is(err, context.DeadlineExceeded):
 		return late
 	}
 	return notWritten
-}
-
-var bugCodes = []int{
-	gocql.ErrCodeSyntax, gocql.ErrCodeInvalid, gocql.ErrCodeConfig, gocql.ErrCodeUnauthorized, gocql.ErrCodeProtocol,
-	gocql.ErrCodeAlreadyExists,
 }
 
 // wasRefused reports whether Cassandra refused a query before it wrote anything.
@@ -551,14 +485,13 @@ func wasRefused(query *queryError, code int) bool {
 
 // isUnreachable reports whether a query was never sent.
 func isUnreachable(err error) bool {
-	return slices.ContainsFunc([]error{gocql.ErrNoConnections, gocql.ErrSessionClosed, gocql.ErrNoStreams},
-		func(unsent error) bool { return errors.Is(err, unsent) })
+	return errors.Is(err, gocql.ErrNoConnections) || errors.Is(err, gocql.ErrNoStreams) ||
+		errors.Is(err, gocql.ErrSessionClosed)
 }
 
 // codeOf returns the code of Cassandra's error response, or 0 if there is none.
 func codeOf(err error) int {
-	var response gocql.RequestError
-	if errors.As(err, &response) {
+	if response, ok := errors.AsType[gocql.RequestError](err); ok {
 		return response.Code()
 	}
 	return 0
@@ -567,62 +500,29 @@ func codeOf(err error) int {
 // inDoubtDetail says how to find out whether a write was applied.
 func inDoubtDetail(err error) string {
 	query, _ := errors.AsType[*queryError](err)
-	switch query.kind {
-	case insert:
-		return "timeout: the user may or may not have been created; GET its Location, and retry only with an Idempotency-Key"
-	case batchInsert:
-		return "timeout: the users may or may not have been created; retry only with an Idempotency-Key"
-	}
-	return "timeout: the change may or may not have been applied; GET the user with Cache-Control: no-cache to find out"
-}
-
-// logLimiter passes one line per logInterval to the log and counts the others.
-// It implements gocql.StdLogger.
-type logLimiter struct {
-	mu         sync.Mutex
-	last       time.Time
-	suppressed int
-}
-
-// Print logs a line of the driver, unless the log has already said that there is
-// no connection.
-func (l *logLimiter) Print(v ...any) {
-	if counters.connected.Load() {
-		l.warn("driver: " + strings.TrimSpace(fmt.Sprint(v...)))
-	}
-}
-func (l *logLimiter) Printf(format string, v ...any) { l.Print(fmt.Sprintf(format, v...)) }
-func (l *logLimiter) Println(v ...any)               { l.Print(fmt.Sprintln(v...)) }
-
-func (l *logLimiter) warn(message string, args ...any) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !l.last.IsZero() && time.Since(l.last) < logInterval {
-		l.suppressed++
-		return
-	}
-	slog.Warn(message, append(args, "suppressed", l.suppressed)...)
-	l.last, l.suppressed = time.Now(), 0
+	return "timeout: " + map[queryKind]string{
+		insert:      "the user may or may not have been created; GET its Location, and retry only with an Idempotency-Key",
+		batchInsert: "the users may or may not have been created; retry only with an Idempotency-Key",
+		edit:        "the change may or may not have been applied; GET the user with Cache-Control: no-cache to find out",
+	}[query.kind]
 }
 
 // loadCluster reads the settings of the connection.
 func loadCluster(env *environment) cluster {
-	const (
-		hostsRule       = "host names or addresses without ports, separated by commas"
-		keyspaceRule    = "1 to 48 letters, digits or underscores, and not one of Cassandra's own"
-		datacenterRule  = "the name of a data centre: letters, digits, points, dashes or underscores"
-		replicationRule = "a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3"
-	)
 	c := cluster{
-		hosts:       setting(env, "CASSANDRA_HOSTS", "localhost", hostsRule, parseHosts),
-		port:        setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumber(1, 65535)),
-		keyspace:    setting(env, "CASSANDRA_KEYSPACE", "test_keyspace", keyspaceRule, parseKeyspace),
-		datacenter:  setting(env, "CASSANDRA_DATACENTER", "", datacenterRule, matching(`^[\w.-]*$`)),
+		hosts: setting(env, "CASSANDRA_HOSTS", "localhost",
+			"host names or addresses without ports, separated by commas", parseHosts),
+		port: setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumber(1, 65535)),
+		keyspace: setting(env, "CASSANDRA_KEYSPACE", "test_keyspace",
+			"1 to 48 letters, digits or underscores, and not one of Cassandra's own", parseKeyspace),
+		datacenter: setting(env, "CASSANDRA_DATACENTER", "",
+			"the name of a data centre: letters, digits, points, dashes or underscores", matching(`^[\w.-]*$`)),
 		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", "LOCAL_QUORUM, QUORUM or ALL", parseConsistency),
-		replication: setting(env, "CASSANDRA_REPLICATION", "1", replicationRule, parseReplication),
-		username:    env.getenv("CASSANDRA_USERNAME"),
-		password:    env.getenv("CASSANDRA_PASSWORD"),
-		tlsCA:       setting(env, "CASSANDRA_TLS_CA", "", "a readable file of PEM certificates", parseCertificates),
+		replication: setting(env, "CASSANDRA_REPLICATION", "1",
+			"a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3", parseReplication),
+		username: env.getenv("CASSANDRA_USERNAME"),
+		password: env.getenv("CASSANDRA_PASSWORD"),
+		tlsCA:    setting(env, "CASSANDRA_TLS_CA", "", "a readable file of PEM certificates", parseCertificates),
 	}
 	if (c.username == "") != (c.password == "") {
 		env.reject("CASSANDRA_USERNAME and CASSANDRA_PASSWORD must be set together")
@@ -630,27 +530,59 @@ func loadCluster(env *environment) cluster {
 	return c
 }
 
-var (
-	namePattern     = regexp.MustCompile(`^[\w.-]+$`)
-	keyspacePattern = regexp.MustCompile(`^\w{1,48}$`)
-	replicaPattern  = regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`)
-)
-
-func parseHosts(text string) ([]string, bool) {
-	hosts := strings.Split(text, ",")
-	for i, host := range hosts {
-		hosts[i] = strings.TrimSpace(host)
-		if !namePattern.MatchString(hosts[i]) && net.ParseIP(hosts[i]) == nil {
-			return nil, false
-		}
-	}
-	return hosts, true
+func parseAddr(text string) (string, bool) {
+	_, port, err := net.SplitHostPort(text)
+	_, ok := wholeNumber(0, 65535)(port)
+	return text, err == nil && ok
 }
 
-// parseKeyspace accepts names that are safe to quote and not reserved:
-// Cassandra's own all begin with "system", in any case.
+func wholeNumber(low, high int) func(string) (int, bool) {
+	return func(text string) (int, bool) {
+		n, err := strconv.ParseUint(text, 10, 31)
+		return int(n), err == nil && low <= int(n) && int(n) <= high
+	}
+}
+
+func parseDuration(text string) (time.Duration, bool) {
+	d, err := time.ParseDuration(text)
+	return d, err == nil && d >= 0
+}
+
+func matching(pattern string) func(string) (string, bool) {
+	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
+}
+
+// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
+func parseAllowedHosts(text string) (hosts []string, ok bool) {
+	if text == "*" {
+		return nil, true
+	}
+	for host := range strings.SplitSeq(strings.ToLower(text), ",") {
+		hosts = append(hosts, hostname(strings.TrimSpace(host)))
+	}
+	return parseHosts(strings.Join(hosts, ","))
+}
+
+// hostname returns the host of an address without port and brackets.
+func hostname(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil {
+		return host
+	}
+	return strings.Trim(address, "[]")
+}
+
+func isLoopback(address string) bool {
+	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
+}
+
+func parseHosts(text string) ([]string, bool) {
+	name, hosts := regexp.MustCompile(`^[\w.-]+$`), regexp.MustCompile(`\s*,\s*`).Split(strings.TrimSpace(text), -1)
+	return hosts, !slices.ContainsFunc(hosts, func(h string) bool { return !name.MatchString(h) && net.ParseIP(h) == nil })
+}
+
+// parseKeyspace refuses Cassandra's own names, which all begin with "system", in any case.
 func parseKeyspace(text string) (string, bool) {
-	return text, keyspacePattern.MatchString(text) && !strings.HasPrefix(strings.ToLower(text), "system")
+	return text, regexp.MustCompile(`^\w{1,48}$`).MatchString(text) && !strings.HasPrefix(strings.ToLower(text), "system")
 }
 
 // parseConsistency accepts the levels with which a read sees every earlier write.
@@ -665,29 +597,24 @@ func parseReplication(text string) (string, bool) {
 	if !strings.Contains(text, ":") {
 		text = "replication_factor:" + text // in every data centre
 	}
-	replicas := []string{"'class': 'NetworkTopologyStrategy'"}
-	seen := map[string]bool{}
+	replica, options := regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`), "'class': 'NetworkTopologyStrategy'"
 	for option := range strings.SplitSeq(text, ",") {
 		name, factor, _ := strings.Cut(option, ":")
-		if seen[name] || !replicaPattern.MatchString(option) {
+		key := fmt.Sprintf("'%s': ", name)
+		if !replica.MatchString(option) || strings.Contains(options, key) {
 			return "", false
 		}
-		seen[name] = true
-		replicas = append(replicas, fmt.Sprintf("'%s': %s", name, factor))
+		options += ", " + key + factor
 	}
-	return "{" + strings.Join(replicas, ", ") + "}", true
+	return "{" + options + "}", true
 }
 
 func parseCertificates(file string) (string, bool) {
-	if file == "" {
-		return "", true
-	}
 	pem, err := os.ReadFile(file)
-	return file, err == nil && x509.NewCertPool().AppendCertsFromPEM(pem)
+	return file, file == "" || err == nil && x509.NewCertPool().AppendCertsFromPEM(pem)
 }
 
-// getHealth handles GET /health, the readiness probe. It reads the users table,
-// so it reports what the next request will meet.
+// getHealth handles GET /health, the readiness probe. It reads the users table, as a request would.
 func getHealth(w http.ResponseWriter, r *http.Request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), healthTimeout)
 	defer cancel()
@@ -698,9 +625,6 @@ func getHealth(w http.ResponseWriter, r *http.Request) error {
 	status, health, cassandra := http.StatusOK, "healthy", "connected"
 	if !errors.Is(err, errNoUser) { // nobody has the nil UUID
 		status, health, cassandra = http.StatusServiceUnavailable, "unhealthy", "disconnected"
-		if outcomeOf(err) == bug {
-			global.log.warn("the health check cannot read the users table", "error", err)
-		}
 	}
 	if shutdown.draining.Load() {
 		status, health = http.StatusServiceUnavailable, "draining"

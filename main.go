@@ -26,7 +26,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"mime"
 	"net"
 	"net/http"
 	"os"
@@ -57,7 +56,7 @@ const (
 	sendBuffer     = 64 << 10               // bytes; Linux's default buffers megabytes and so masks a slow reader
 	abortTimeout   = 300 * time.Millisecond // for aborted requests and connections to end
 	gcPercent      = 300                    // at 100 a heap of a few megabytes would be collected 40 times a second
-	memoryLimit    = 384 << 20              // bytes; close to it the heap is collected more often
+	memoryLimit    = 256 << 20              // bytes; close to it the heap is collected more often
 
 	statusClientLeft = 499 // as nginx counts a client that closed the connection; never sent
 	statusAborted    = 599 // a response that was aborted after its status line; never sent
@@ -226,39 +225,6 @@ func setting[T any](env *environment, name, fallback, allowed string, parse func
 	return value
 }
 
-func parseAddr(text string) (string, bool) {
-	_, port, err := net.SplitHostPort(text)
-	_, ok := wholeNumber(0, 65535)(port)
-	return text, err == nil && ok
-}
-
-// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
-func parseAllowedHosts(text string) (hosts []string, ok bool) {
-	if text == "*" {
-		return nil, true
-	}
-	for host := range strings.SplitSeq(strings.ToLower(text), ",") {
-		hosts = append(hosts, hostname(strings.TrimSpace(host)))
-	}
-	return parseHosts(strings.Join(hosts, ","))
-}
-
-func wholeNumber(low, high int) func(string) (int, bool) {
-	return func(text string) (int, bool) {
-		n, err := strconv.ParseUint(text, 10, 31)
-		return int(n), err == nil && low <= int(n) && int(n) <= high
-	}
-}
-
-func parseDuration(text string) (time.Duration, bool) {
-	d, err := time.ParseDuration(text)
-	return d, err == nil && d >= 0
-}
-
-func matching(pattern string) func(string) (string, bool) {
-	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
-}
-
 // newRouter returns the route table.
 func newRouter(cfg settings) *router {
 	rt := &router{settings: cfg, mux: http.NewServeMux(), inFlight: make(gate, cfg.maxInFlight)}
@@ -272,11 +238,11 @@ func newRouter(cfg settings) *router {
 	handle("POST /users", postUser)
 	handle("GET /users", listUsers)
 	handle("POST /users/batch", postBatch)
-	handle("GET /users/stream", streams.limit("streams", streamUsers), noDeadline)
-	handle("GET /users/stream/pages", streams.limit("streams", getUsersPage))
+	handle("GET /users/stream", streams.limit("streams", usersTable.stream), noDeadline)
+	handle("GET /users/stream/pages", streams.limit("streams", usersTable.getPage))
 	handle("GET /users/{id}", getUser)
-	handle("PUT /users/{id}", putUser)
-	handle("PATCH /users/{id}", patchUser)
+	handle("PUT /users/{id}", editUser)
+	handle("PATCH /users/{id}", editUser)
 	handle("DELETE /users/{id}", removeUser)
 	handle("GET /performance/async", selfTests.queue(measure("async")))
 	handle("GET /performance/sync", selfTests.queue(measure("sync")))
@@ -386,6 +352,7 @@ func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("X-Request-Id", id)
 	rec := &recorder{ResponseWriter: w, ResponseController: http.NewResponseController(w)}
+	rec.SetWriteDeadline(time.Time{}) // of the connection's last request
 	status := rec.finish(r, line.serve(rec, r))
 	line.stats.count(status, time.Since(start))
 	if status == statusAborted || status == statusClientLeft {
@@ -668,27 +635,19 @@ func writeJSON(w http.ResponseWriter, status int, value any) error {
 
 // writeBody responds with a body that may come in several parts.
 func writeBody(w http.ResponseWriter, status int, contentType string, parts ...[]byte) error {
-	body := slices.Concat(parts...)
+	size := 0
+	for _, part := range parts {
+		size += len(part)
+	}
 	w.Header().Set("Content-Type", contentType)
-	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.Header().Set("Content-Length", strconv.Itoa(size))
 	w.WriteHeader(status)
-	_, err := w.Write(body)
-	return err
-}
-
-// preferred negotiates the content type: it returns the offer with the highest
-// q in Accept, or the first one on a tie or without a match.
-func preferred(r *http.Request, offers ...string) string {
-	best, bestQ := offers[0], 0.0
-	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
-		mediaType, params, err := mime.ParseMediaType(accepted)
-		q, qErr := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
-		isBetter := q > bestQ || q == bestQ && mediaType == offers[0]
-		if err == nil && qErr == nil && isBetter && slices.Contains(offers, mediaType) {
-			best, bestQ = mediaType, q
+	for _, part := range parts {
+		if _, err := w.Write(part); err != nil {
+			return err
 		}
 	}
-	return best
+	return nil
 }
 
 // getRoot handles GET /, the liveness probe, which never touches Cassandra.
@@ -737,16 +696,4 @@ func (rt *router) postShutdown(w http.ResponseWriter, r *http.Request) error {
 	default: // requested before
 	}
 	return writeJSON(w, http.StatusOK, map[string]string{"message": "Shutdown initiated"})
-}
-
-// hostname returns the host of an address without port and brackets.
-func hostname(address string) string {
-	if host, _, err := net.SplitHostPort(address); err == nil {
-		return host
-	}
-	return strings.Trim(address, "[]")
-}
-
-func isLoopback(address string) bool {
-	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
 }

@@ -11,11 +11,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
+	"mime"
 	"net/http"
 	"runtime"
-	runtimemetrics "runtime/metrics"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,8 +31,7 @@ const rateWindow = 60 // seconds that queries_per_second covers
 // one millisecond, and no page more than 12 s.
 var bounds = [...]float64{.0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 60}
 
-// counters are the service's counters, as in expvar: package state that is
-// written where things happen and read by collect.
+// counters are written where things happen and read by GET /metrics, as in expvar.
 var counters = struct {
 	started      time.Time
 	inFlight     atomic.Int64   // HTTP requests
@@ -44,19 +45,15 @@ var counters = struct {
 	connections  countingDialer // of the global session and of attempts to open one
 	queryRate    rate
 	queryTimes   histogram
-	routesMu     sync.Mutex
-	routes       map[string]*routeStats // by pattern
-}{started: time.Now(), routes: map[string]*routeStats{}}
+	routes       sync.Map // of *routeStats by pattern
+}{started: time.Now()}
 
 // observer counts every attempt that the driver sends: a query, a page, a batch.
 type observer struct{}
 
-// ObserveQuery implements gocql.QueryObserver.
 func (observer) ObserveQuery(_ context.Context, q gocql.ObservedQuery) {
 	countQuery(q.Start, q.End, q.Err)
 }
-
-// ObserveBatch implements gocql.BatchObserver.
 func (observer) ObserveBatch(_ context.Context, b gocql.ObservedBatch) {
 	countQuery(b.Start, b.End, b.Err)
 }
@@ -82,12 +79,8 @@ type routeStats struct {
 
 // statsOf returns the only routeStats of a pattern.
 func statsOf(pattern string) *routeStats {
-	counters.routesMu.Lock()
-	defer counters.routesMu.Unlock()
-	if counters.routes[pattern] == nil {
-		counters.routes[pattern] = new(routeStats)
-	}
-	return counters.routes[pattern]
+	stats, _ := counters.routes.LoadOrStore(pattern, new(routeStats))
+	return stats.(*routeStats)
 }
 
 func (s *routeStats) count(status int, took time.Duration) {
@@ -117,8 +110,7 @@ func (h *histogram) cumulative() (counts [len(bounds) + 1]int64) {
 	return counts
 }
 
-// quantile estimates a quantile in milliseconds. Like Prometheus it assumes that
-// durations are spread evenly within a bucket.
+// quantile estimates a quantile in milliseconds. It assumes that a bucket is evenly filled.
 func (h *histogram) quantile(q float64) float64 {
 	counts := h.cumulative()
 	rank := q * float64(counts[len(bounds)])
@@ -126,14 +118,11 @@ func (h *histogram) quantile(q float64) float64 {
 		return 0
 	}
 	i := slices.IndexFunc(counts[:], func(n int64) bool { return float64(n) >= rank })
-	if i == len(bounds) {
-		return bounds[i-1] * 1000
-	}
-	low, below := 0.0, int64(0)
+	low, high, below := 0.0, bounds[min(i, len(bounds)-1)], int64(0)
 	if i > 0 {
 		low, below = bounds[i-1], counts[i-1]
 	}
-	return 1000 * (low + (bounds[i]-low)*(rank-float64(below))/float64(counts[i]-below))
+	return 1000 * (low + (high-low)*(rank-float64(below))/float64(counts[i]-below))
 }
 
 // rate counts events by the second they happened in, for rateWindow seconds.
@@ -182,12 +171,12 @@ func getMetrics(w http.ResponseWriter, r *http.Request) error {
 }
 
 func jsonMetrics() map[string]any {
-	connections, times := &counters.connections, &counters.queryTimes
+	dialer, times := &counters.connections, &counters.queryTimes
 	count, sum := times.cumulative()[len(bounds)], milliseconds(time.Duration(times.nanos.Load()))
 	byRoute, total := requestsByRoute()
 	return map[string]any{
 		"total_queries":         counters.queries.Load(),
-		"active_connections":    connections.open.Load(),
+		"active_connections":    dialer.open.Load(),
 		"queries_per_second":    counters.queryRate.perSecond(counters.started, time.Now()),
 		"average_query_time_ms": sum / float64(max(1, count)),
 		"errors_count":          counters.queryErrors.Load(),
@@ -197,7 +186,7 @@ func jsonMetrics() map[string]any {
 		"requests_in_flight":    counters.inFlight.Load(),
 		"requests_by_route":     byRoute,
 		"cassandra_connections": map[string]any{
-			"open": connections.open.Load(), "opened": connections.opened.Load(), "failed": connections.failed.Load(),
+			"open": dialer.open.Load(), "opened": dialer.opened.Load(), "failed": dialer.failed.Load(),
 		},
 		"cassandra": map[string]any{
 			"connected": counters.connected.Load(), "session": observeSession().number, "hosts": 0, "hosts_silent": 0,
@@ -214,45 +203,55 @@ func jsonMetrics() map[string]any {
 // requestsByRoute returns the number of requests by pattern and status, and of all.
 func requestsByRoute() (counts map[string]map[string]int64, total int64) {
 	counts = map[string]map[string]int64{}
-	counters.routesMu.Lock()
-	defer counters.routesMu.Unlock()
-	for pattern, stats := range counters.routes {
+	for pattern, stats := range counters.routes.Range {
 		byStatus := map[string]int64{}
-		for status := range stats.statuses {
-			if n := stats.statuses[status].Load(); n > 0 {
+		for status := range stats.(*routeStats).statuses {
+			if n := stats.(*routeStats).statuses[status].Load(); n > 0 {
 				byStatus[cmp.Or(map[int]string{statusAborted: "aborted"}[status], strconv.Itoa(status))] = n
 				total += n
 			}
 		}
 		if len(byStatus) > 0 {
-			counts[pattern] = byStatus
+			counts[pattern.(string)] = byStatus
 		}
 	}
 	return counts, total
 }
 
-func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
-
-// memoryBytes returns the memory that the Go runtime has obtained from the OS
-// and not returned.
-func memoryBytes() uint64 {
-	samples := []runtimemetrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
-	runtimemetrics.Read(samples)
-	return samples[0].Value.Uint64() - samples[1].Value.Uint64()
+// preferred negotiates the content type: it returns the offer with the highest
+// q in Accept, or the first one on a tie or without a match.
+func preferred(r *http.Request, offers ...string) string {
+	best, bestQ := offers[0], 0.0
+	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
+		mediaType, params, err := mime.ParseMediaType(accepted)
+		q, qErr := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		isBetter := q > bestQ || q == bestQ && mediaType == offers[0]
+		if err == nil && qErr == nil && isBetter && slices.Contains(offers, mediaType) {
+			best, bestQ = mediaType, q
+		}
+	}
+	return best
 }
 
-// prometheusMetrics returns the metrics in the text format 0.0.4, with histograms
-// in the place of percentiles.
+func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+// memoryBytes returns the memory that was obtained from the OS and not returned.
+func memoryBytes() uint64 {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.Sys - m.HeapReleased
+}
+
+// prometheusMetrics returns the same in the text format 0.0.4, with histograms for percentiles.
 func prometheusMetrics() []byte {
 	var out bytes.Buffer
 	value := func(name, kind, help string, v any) {
 		writeHead(&out, name, kind, help)
 		fmt.Fprintf(&out, "%s %v\n", name, v)
 	}
-	connected := map[bool]int{true: 1}[counters.connected.Load()]
-	connections := &counters.connections
+	connected, connections := map[bool]int{true: 1}[counters.connected.Load()], &counters.connections
 	rate, skew := counters.queryRate.perSecond(counters.started, time.Now()), time.Duration(counters.skew.Load())
-	value("cassandra_queries_total", "counter", "Queries sent; each page and each attempt counts.", counters.queries.Load())
+	value("cassandra_queries_total", "counter", "Queries sent; each page and attempt counts.", counters.queries.Load())
 	value("cassandra_query_errors_total", "counter", "Queries that failed.", counters.queryErrors.Load())
 	value("cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate)
 	value("cassandra_connections_open", "gauge", "Open connections.", connections.open.Load())
@@ -269,7 +268,6 @@ func prometheusMetrics() []byte {
 	value("goroutines", "gauge", "Goroutines of the process.", runtime.NumGoroutine())
 	value("memory_bytes", "gauge", "Memory obtained from the OS.", memoryBytes())
 	value("uptime_seconds", "gauge", "Time since the process started.", time.Since(counters.started).Seconds())
-
 	writeHistograms(&out)
 	return out.Bytes()
 }
@@ -290,22 +288,19 @@ func writeHistograms(out *bytes.Buffer) {
 	}
 	writeHead(out, "http_request_duration_seconds", "histogram", "Duration of HTTP requests by route.")
 	for _, pattern := range routes {
-		statsOf(pattern).times.prometheus(out, "http_request_duration_seconds", fmt.Sprintf("route=%q", pattern))
+		statsOf(pattern).times.prometheus(out, "http_request_duration_seconds", fmt.Sprintf("route=%q,", pattern))
 	}
 	writeHead(out, "cassandra_query_duration_seconds", "histogram", "Duration of queries.")
 	counters.queryTimes.prometheus(out, "cassandra_query_duration_seconds", "")
 }
 
+// prometheus writes the histogram. Labels end in a comma.
 func (h *histogram) prometheus(out *bytes.Buffer, name, labels string) {
-	separator := ""
-	if labels != "" {
-		separator = ","
-	}
 	counts := h.cumulative()
-	for i, bound := range bounds {
-		fmt.Fprintf(out, "%s_bucket{%s%sle=\"%g\"} %d\n", name, labels, separator, bound, counts[i])
+	for i, bound := range append(bounds[:], math.Inf(1)) {
+		fmt.Fprintf(out, "%s_bucket{%sle=\"%g\"} %d\n", name, labels, bound, counts[i])
 	}
-	total := counts[len(bounds)]
-	fmt.Fprintf(out, "%s_bucket{%s%sle=\"+Inf\"} %d\n", name, labels, separator, total)
-	fmt.Fprintf(out, "%s_sum{%s} %g\n%s_count{%s} %d\n", name, labels, time.Duration(h.nanos.Load()).Seconds(), name, labels, total)
+	labels = strings.TrimSuffix(labels, ",")
+	sum, count := time.Duration(h.nanos.Load()).Seconds(), counts[len(bounds)]
+	fmt.Fprintf(out, "%s_sum{%s} %g\n%s_count{%s} %d\n", name, labels, sum, name, labels, count)
 }

@@ -22,7 +22,7 @@ import (
 
 const (
 	maxSelfTests    = 4               // concurrent self-tests and performance runs
-	disconnectTime  = 5 * time.Second // for the connections of a closed session to close
+	closeTimeout    = 5 * time.Second // for a nested session, and its connections, to close
 	scratchPage     = 5               // rows
 	defaultRequests = 100             // reads in a performance run
 	maxRequests     = 1000
@@ -54,14 +54,13 @@ type performance struct {
 	percentiles
 }
 
-// measure handles GET /performance/{mode}: it reads single users, concurrently
-// or one at a time.
+// measure handles GET /performance/{mode}: it reads single users, concurrently or one at a time.
 func measure(mode string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		params := newParameters(r)
 		n := params.number("requests", defaultRequests, 1, maxRequests)
-		if err := params.err(); err != nil {
-			return err
+		if params.err != nil {
+			return params.err
 		}
 		ctx := r.Context()
 		ids, err := someIDs(ctx)
@@ -72,7 +71,7 @@ func measure(mode string) handler {
 		var failed atomic.Int64
 		var reads sync.WaitGroup
 		start := time.Now()
-		for i := range times {
+		for i := 0; i < n && ctx.Err() == nil; i++ {
 			reads.Go(func() {
 				began := time.Now()
 				_, err := readUser(ctx, ids[rand.IntN(len(ids))], false)
@@ -93,8 +92,7 @@ func measure(mode string) handler {
 	}
 }
 
-// someIDs returns the ids of the first users of the table, or a random one if it
-// is empty.
+// someIDs returns the ids of the first users of the table, or a random one if it is empty.
 func someIDs(ctx context.Context) (ids []uuid.UUID, err error) {
 	var id gocql.UUID
 	rows := currentSession().Query(selectIDs).WithContext(ctx).PageSize(maxRequests).PageState(nil).Iter()
@@ -112,14 +110,9 @@ func summarize(mode string, total time.Duration, times []time.Duration, failed i
 	n := len(times)
 	percentile := func(percent int) float64 { return milliseconds(times[(n*percent+99)/100-1]) }
 	return performance{
-		Mode:               mode,
-		Requests:           n,
-		SuccessfulRequests: n - failed,
-		FailedRequests:     failed,
-		TotalTime:          total.Seconds(),
-		RequestsPerSecond:  float64(n) / total.Seconds(),
-		AvgTimePerRequest:  total.Seconds() / float64(n),
-		percentiles:        percentiles{percentile(50), percentile(95), percentile(99)},
+		Mode: mode, Requests: n, SuccessfulRequests: n - failed, FailedRequests: failed, TotalTime: total.Seconds(),
+		RequestsPerSecond: float64(n) / total.Seconds(), AvgTimePerRequest: total.Seconds() / float64(n),
+		percentiles: percentiles{percentile(50), percentile(95), percentile(99)},
 	}
 }
 
@@ -152,16 +145,15 @@ type sessionState struct {
 }
 
 func observeSession() sessionState {
-	s := global.session.Load()
-	if s == nil {
-		return sessionState{}
+	if s := global.session.Load(); s != nil {
+		return sessionState{number: s.number, open: !s.Closed()}
 	}
-	return sessionState{number: s.number, open: !s.Closed()}
+	return sessionState{}
 }
 
 // unchangedSince reports whether it is still the same open session.
 func (after sessionState) unchangedSince(before sessionState) bool {
-	return after.open && before.open && after.number == before.number
+	return after.open && after == before
 }
 
 // isRefusal reports whether Cassandra responded and refused the statement.
@@ -169,8 +161,8 @@ func isRefusal(err error) bool { return codeOf(err) == gocql.ErrCodeInvalid }
 
 var errNoRefusal = errors.New("the table non_existent_table_xyz exists")
 
-// testQueryError handles POST /context_manager_safety/query_error: a query on a
-// table that does not exist, then a valid one.
+// testQueryError handles POST /context_manager_safety/query_error: a query on a table that does
+// not exist, then a valid one.
 func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	before := observeSession()
 	_, caught := readValue(r.Context(), selectMissing)
@@ -183,13 +175,14 @@ func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	}
 	after := observeSession()
 	return writeJSON(w, http.StatusOK, map[string]any{
-		"test": "query_error", "error_caught": caught.Error(), "cassandra_version": release, "session_still_works": release != "",
-		"session_unchanged": after.unchangedSince(before), "session_open": after.open,
+		"test": "query_error", "error_caught": caught.Error(), "cassandra_version": release,
+		"session_still_works": release != "",
+		"session_unchanged":   after.unchangedSince(before), "session_open": after.open,
 	})
 }
 
-// testStreamingError handles POST /context_manager_safety/streaming_error: a
-// stream over a table that does not exist, then a real one of 20 rows.
+// testStreamingError handles POST /context_manager_safety/streaming_error: a stream over a table
+// that does not exist, then a real one of 20 rows.
 func testStreamingError(w http.ResponseWriter, r *http.Request) error {
 	ctx, before := r.Context(), observeSession()
 	t, err := newScratch(ctx, slices.Repeat([]int{20}, 20))
@@ -214,11 +207,10 @@ func testStreamingError(w http.ResponseWriter, r *http.Request) error {
 
 // ageStream is one of the three streams of testConcurrentStreams.
 type ageStream struct {
-	Age       int          `json:"age"`
-	Count     int          `json:"count"`
-	Users     []scratchRow `json:"users"`
-	firstPage time.Time
-	ended     time.Time
+	Age              int          `json:"age"`
+	Count            int          `json:"count"`
+	Users            []scratchRow `json:"users"`
+	firstPage, ended time.Time
 }
 
 // testConcurrentStreams handles POST /context_manager_safety/concurrent_streams:
@@ -261,47 +253,51 @@ func testConcurrentStreams(w http.ResponseWriter, r *http.Request) error {
 // first one ended, and whether each saw its own ten rows and no others.
 func areIndependent(streams []ageStream) bool {
 	for _, s := range streams {
-		if len(s.Users) != 10 || slices.ContainsFunc(s.Users, func(row scratchRow) bool { return row.Age != s.Age }) {
-			return false
-		}
-		if slices.ContainsFunc(streams, func(other ageStream) bool { return !s.firstPage.Before(other.ended) }) {
+		isForeign := func(row scratchRow) bool { return row.Age != s.Age }
+		endedBefore := func(other ageStream) bool { return !s.firstPage.Before(other.ended) }
+		if len(s.Users) != 10 || slices.ContainsFunc(s.Users, isForeign) || slices.ContainsFunc(streams, endedBefore) {
 			return false
 		}
 	}
 	return true
 }
 
-// nestedOrder is the order of events if closing an inner resource leaves the
-// outer ones open.
+// nestedOrder is the order of events if closing an inner resource leaves the outer ones open.
 var nestedOrder = []string{
-	"cluster_opened", "session_opened", "stream_opened", "stream_closed", "session_works_after_stream:5", "session_closing",
-	"session_closed", "cluster_works_after_session:True", "cluster_closing", "cluster_closed",
+	"cluster_opened", "session_opened", "stream_opened", "stream_closed", "session_works_after_stream:5",
+	"session_closing", "session_closed", "cluster_works_after_session:True", "cluster_closing", "cluster_closed",
 }
 
-// testNestedContexts handles POST /context_manager_safety/nested_contexts: a
-// cluster, a session in it and a stream in that, closed innermost first. The
-// cluster is a driver configuration whose dialer counts its connections.
+// testNestedContexts handles POST /context_manager_safety/nested_contexts: a cluster, a session in it
+// and a stream in that, closed innermost first. The cluster is a driver configuration whose dialer
+// counts its connections.
 func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
-	ctx, before := r.Context(), observeSession()
-	t, err := newScratch(ctx, slices.Repeat([]int{20}, 5))
+	before := observeSession()
+	t, err := newScratch(r.Context(), slices.Repeat([]int{20}, 5))
 	if err != nil {
 		return err
 	}
+	ctx, closeCluster := context.WithCancel(r.Context())
+	defer closeCluster()
 	var dialer countingDialer
-	if err := probeNested(ctx, &dialer); err != nil {
+	var events []string
+	happened := func(event string) { events = append(events, event) }
+	if _, err := openNested(ctx, &dialer); err != nil {
 		return err
 	}
-	events := []string{"cluster_opened"}
-	rows, err := t.useNestedSession(ctx, &dialer, &events)
+	happened("cluster_opened")
+	rows, err := t.useNestedSession(ctx, &dialer, happened)
 	if err != nil {
 		return err
 	}
-	if err := probeNested(ctx, &dialer); err != nil {
+	if _, err := openNested(ctx, &dialer); err != nil {
 		return err
 	}
-	events = append(events, "cluster_works_after_session:True", "cluster_closing")
-	if waitUntil(func() bool { return dialer.open.Load() == 0 }, disconnectTime) {
-		events = append(events, "cluster_closed")
+	happened("cluster_works_after_session:True")
+	happened("cluster_closing")
+	closeCluster()
+	if waitUntil(func() bool { return dialer.open.Load() == 0 }, closeTimeout) {
+		happened("cluster_closed")
 	}
 	return writeJSON(w, http.StatusOK, map[string]any{
 		"test": "nested_contexts", "events": events, "correct_order": slices.Equal(events, nestedOrder), "row_count": rows,
@@ -309,55 +305,39 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// useNestedSession opens a session, streams in it twice and closes it.
-func (t *scratch) useNestedSession(ctx context.Context, dialer *countingDialer, events *[]string) (rows int, err error) {
-	happened := func(event string) { *events = append(*events, event) }
-	session, err := openNested(ctx, dialer)
-	if err != nil {
-		return 0, err
-	}
-	defer session.Close()
-	happened("session_opened")
-	inner := &scratch{db: session, run: t.run}
-	first, err := inner.stream(ctx, sync.OnceFunc(func() { happened("stream_opened") }), selectScratch, t.run)
-	if err != nil {
-		return 0, err
-	}
-	if inner.open.Load() == 0 {
-		happened("stream_closed")
-	}
-	again, err := inner.stream(ctx, nil, selectScratch, t.run)
-	if err != nil {
-		return 0, err
-	}
-	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)))
-	happened("session_closing")
-	closeSession(session, closeTimeout)
-	if session.Closed() {
-		happened("session_closed")
-	}
-	return len(first), nil
-}
-
-// openNested returns a session of its own that has responded to a query.
+// openNested returns a session of its own that has responded to a query. It closes when ctx ends.
 func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, error) {
 	s, err := createSession(ctx, global.cluster.config(dialer))
 	if err == nil {
+		context.AfterFunc(ctx, s.Close)
 		err = s.Query(selectVersion).WithContext(ctx).Consistency(gocql.One).Exec()
-	}
-	if err != nil && s != nil {
-		closeSession(s, closeTimeout)
 	}
 	return s, queryErrorf(read, err, "opening a nested session")
 }
 
-// probeNested opens a nested session and closes it.
-func probeNested(ctx context.Context, dialer *countingDialer) error {
-	s, err := openNested(ctx, dialer)
-	if err == nil {
-		closeSession(s, closeTimeout)
+// useNestedSession opens a session, streams in it twice and closes it.
+func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(string)) (int, error) {
+	session, err := openNested(ctx, d)
+	if err != nil {
+		return 0, err
 	}
-	return err
+	happened("session_opened")
+	inner := &scratch{db: session, run: t.run}
+	first, err := inner.stream(ctx, sync.OnceFunc(func() { happened("stream_opened") }), selectScratch, t.run)
+	if inner.open.Load() == 0 {
+		happened("stream_closed")
+	}
+	again, errAgain := inner.stream(ctx, nil, selectScratch, t.run)
+	if err := errors.Join(err, errAgain); err != nil {
+		return 0, err
+	}
+	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)))
+	happened("session_closing")
+	go session.Close()
+	if waitUntil(session.Closed, closeTimeout) {
+		happened("session_closed")
+	}
+	return len(first), nil
 }
 
 // testCancellation handles POST /context_manager_safety/cancellation: a stream of
@@ -372,33 +352,21 @@ func testCancellation(w http.ResponseWriter, r *http.Request) error {
 	defer cancel()
 	processed, cancelled := t.stream(ctx, cancel, selectScratch, t.run)
 	all, err := t.stream(r.Context(), nil, selectScratch, t.run)
-	if err != nil {
-		return err
-	}
-	release, err := readValue(r.Context(), selectVersion)
-	if err != nil {
+	release, errRelease := readValue(r.Context(), selectVersion)
+	if err := errors.Join(err, errRelease); err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]any{
 		"test": "cancellation", "rows_processed_before_cancel": len(processed), "total_rows": len(all),
-		"was_cancelled": wasCancelled(cancelled, len(processed), total), "error_type": rootCause(cancelled),
+		"was_cancelled": wasCancelled(cancelled, len(processed), total), "error_type": fmt.Sprint(errors.Unwrap(cancelled)),
 		"cleaned_up": t.open.Load() == 0, "session_still_works": release != "", "session_open": observeSession().open,
 		"new_stream_worked": len(all) == total,
 	})
 }
 
-// wasCancelled reports whether the end of the context, and nothing else, kept
-// the stream from its remaining rows.
+// wasCancelled reports whether its context, and nothing else, kept a stream from its remaining rows.
 func wasCancelled(err error, processed, total int) bool {
 	return errors.Is(err, context.Canceled) && processed < total
-}
-
-// rootCause returns the text of the innermost error: "context canceled".
-func rootCause(err error) string {
-	for errors.Unwrap(err) != nil {
-		err = errors.Unwrap(err)
-	}
-	return fmt.Sprint(err)
 }
 
 // getSafetyStatus handles GET /context_manager_safety/status.
@@ -427,30 +395,28 @@ type scratchRow struct {
 	Age  int    `json:"age"`
 }
 
-// newScratch writes a row for each age to a new partition. The rows expire
-// through the table's TTL.
+// newScratch writes a row for each age to a new partition. They expire through the table's TTL.
 func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 	t := &scratch{db: currentSession(), run: gocql.UUID(uuid.New())}
 	batch := t.db.NewBatch(gocql.UnloggedBatch).WithContext(ctx) // atomic, since it has one partition
 	for n, age := range ages {
 		batch.Query(insertScratch, t.run, n, fmt.Sprintf("user %d", n), age)
 	}
-	err := t.db.ExecuteBatch(batch)
-	return t, queryErrorf(read, err, "writing the scratch table") // as a read: nobody misses these rows
+	return t, queryErrorf(read, t.db.ExecuteBatch(batch), "writing the scratch table") // as a read: nobody misses the rows
 }
 
 // stream reads all rows of a statement page by page, and calls afterPage, if it
 // is not nil, after each page that has a successor.
-func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) (rows []scratchRow, err error) {
+func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) ([]scratchRow, error) {
 	it := t.db.Query(statement, values...).WithContext(ctx).PageSize(scratchPage).Prefetch(0).Iter()
 	t.open.Add(1)
+	defer t.open.Add(-1)
+	var rows []scratchRow
 	for row := (scratchRow{}); it.Scan(&row.Name, &row.Age); {
 		rows = append(rows, row)
 		if afterPage != nil && it.WillSwitchPage() {
 			afterPage()
 		}
 	}
-	err = it.Close()
-	t.open.Add(-1)
-	return rows, queryErrorf(read, err, "streaming the scratch table")
+	return rows, queryErrorf(read, it.Close(), "streaming the scratch table")
 }

@@ -7,6 +7,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -18,8 +19,8 @@ import (
 	"math/bits"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -34,7 +35,6 @@ const (
 	maxFetch      = 5000    // rows; as JSON a page of the longest users then has 4 MB
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
 	minCount      = 100     // rows from which the density of a table is estimated
-	sampleSize    = 1000    // rows that are counted before a filtered scan
 	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
 	narrowing     = 16      // divides a slice for which Cassandra ran out of time
 	maxNarrowings = 3       // of one slice; after that the failure is returned
@@ -43,7 +43,6 @@ const (
 	unlimited     = math.MaxInt
 	listToken     = "list"   // the kind of page token of GET /users
 	streamToken   = "stream" // of GET /users/stream and /users/stream/pages
-	startAgain    = "; start again without page_state"
 )
 
 var streams = make(gate, maxStreams)
@@ -51,29 +50,22 @@ var streams = make(gate, maxStreams)
 // table is what a scan needs to know of a table whose key is a random UUID.
 type table struct {
 	name           string
-	selectRange    string // rows from one token to another
+	selectRange    string // rows behind one token, up to another
 	selectFiltered string // the same, with a minimum age
 	newRow         func() row
 }
 
 // row is a row of a table. A page reuses one for all rows.
 type row interface {
-	columns() []any // Scan destinations
-	key() uuid.UUID
+	columns() []any // Scan destinations; the first is the key
 	appendJSON(b []byte) []byte
 }
 
-// streamUsers handles GET /users/stream.
-func streamUsers(w http.ResponseWriter, r *http.Request) error { return stream(w, r, usersTable) }
-
-// getUsersPage handles GET /users/stream/pages.
-func getUsersPage(w http.ResponseWriter, r *http.Request) error { return getPage(w, r, usersTable) }
-
-// stream sends a table as a JSON array or as NDJSON and flushes it page by page.
-// It reads the first page before it sends the status line, so an early failure has
-// its own status. After a later one only an aborted connection can show that the
-// body is incomplete.
-func stream(w http.ResponseWriter, r *http.Request, t *table) error {
+// stream handles GET /users/stream: it sends a table as a JSON array or as NDJSON
+// and flushes it page by page. It reads the first page before it sends the status
+// line, so an early failure has its own status. After a later one only an aborted
+// connection can show that the body is incomplete.
+func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 	s, fetchSize, err := newParameters(r).fetch(t)
 	if err != nil {
 		return err
@@ -95,7 +87,7 @@ func stream(w http.ResponseWriter, r *http.Request, t *table) error {
 			return &streamError{error: err, pageState: s.token(streamToken)}
 		}
 		text := p.json
-		if contentType != ndjson && p.rows > 0 {
+		if contentType != ndjson {
 			io.WriteString(w, before) // its error comes again with the next write
 			text, before, end = p.array(), ",", "]\n"
 		}
@@ -121,8 +113,8 @@ type streamError struct {
 
 func (e *streamError) Unwrap() error { return e.error }
 
-// getPage sends one page of a table and a token for the next.
-func getPage(w http.ResponseWriter, r *http.Request, t *table) error {
+// getPage handles GET /users/stream/pages: it sends a page and a token for the next.
+func (t *table) getPage(w http.ResponseWriter, r *http.Request) error {
 	s, fetchSize, err := newParameters(r).fetch(t)
 	if err != nil {
 		return err
@@ -138,14 +130,10 @@ func getPage(w http.ResponseWriter, r *http.Request, t *table) error {
 	next := "null"
 	if token := s.token(streamToken); s.more() {
 		next = strconv.Quote(token)
-		linkNext(w, fmt.Sprintf("%s?fetch_size=%d&page_state=%s", r.URL.Path, fetchSize, token))
+		w.Header().Set("Link", fmt.Sprintf(`<%s?fetch_size=%d&page_state=%s>; rel="next"`, r.URL.Path, fetchSize, token))
 	}
 	tail := fmt.Sprintf(`],"has_more":%t,"page_state":%s}`+"\n", s.more(), next)
 	return writeBody(w, http.StatusOK, "application/json", []byte(`{"`+t.name+`":[`), p.array(), []byte(tail))
-}
-
-func linkNext(w http.ResponseWriter, target string) {
-	w.Header().Set("Link", "<"+target+`>; rel="next"`)
 }
 
 // page is some rows of a scan as JSON, each with a newline behind it.
@@ -157,236 +145,165 @@ type page struct {
 // array returns the rows separated by commas, in the memory of the page. JSON text
 // has no other newlines.
 func (p page) array() []byte {
-	text := bytes.TrimSuffix(p.json, []byte("\n"))
-	for rest, found := text, 0; ; rest = rest[found+1:] {
-		if found = bytes.IndexByte(rest, '\n'); found < 0 {
-			return text
-		}
-		rest[found] = ','
+	for line := range bytes.Lines(p.json) {
+		line[len(line)-1] = ','
 	}
+	return bytes.TrimSuffix(p.json, []byte(","))
 }
 
-// scan is a resumable scan of a table in token order. Cassandra hashes each key
-// to a token from -2^63 to 2^63-1 and stores rows in the order of their tokens,
-// the ring, which is divided among the nodes. Random keys are spread evenly over
-// it. So a scan can be cut into slices of equal width, and can resume behind any
-// row, in a narrower slice if need be. A paging state of Cassandra, which could be
-// neither narrowed nor checked, never leaves this file.
+// scan is a resumable scan of a table. Cassandra hashes each key to a token above
+// -2^63 and stores rows in the order of their tokens, over which random keys are
+// spread evenly. So a scan can be cut into slices of equal width, and can resume
+// behind any token, in a narrower slice if need be. Cassandra's paging state, which
+// can be neither narrowed nor checked, is not used.
 type scan struct {
 	*table
-	minAge   int       // 0: all rows
-	left     int       // rows still to be returned; 0 at the end of the scan
-	from     int64     // rows with a lower token have been returned
-	behind   uuid.UUID // of the rows with this token, those up to this key, too
-	upto     int64     // the last token of the slice being read
-	end      int64     // the last token of the scan
-	width    uint64    // tokens of a slice; 0 until it is known
-	rowBytes int       // mean size of a row's JSON; 0 until it is known
+	minAge   int    // 0: all rows
+	left     int    // rows still to be returned
+	from     int64  // the token up to which all rows have been returned
+	end      int64  // the last token of the scan
+	width    uint64 // tokens of a slice; 0 until it is known
+	rowBytes int    // mean size of a row's JSON; 0 until it is known
 }
 
 func newScan(t *table) *scan {
-	return &scan{table: t, left: unlimited, from: math.MinInt64, upto: math.MaxInt64, end: math.MaxInt64}
+	return &scan{table: t, left: unlimited, from: math.MinInt64, end: math.MaxInt64}
 }
 
 // more reports whether rows remain and the scan has not reached its end.
-func (s *scan) more() bool { return s.left > 0 }
+func (s *scan) more() bool { return s.left > 0 && s.from < s.end }
 
-// firstPage is the first page of a slice.
-type firstPage struct {
+// fetched is a page of a slice, or why there is none.
+type fetched struct {
 	page
 	err   error
 	slice *scan
 }
 
-// pages yields the rest of the scan page by page. As soon as it knows how wide a
-// slice may be, it reads the first pages of several concurrently, and returns them
-// in order. Its goroutines have ended when it returns.
+// pages yields the rest of the scan page by page, without empty pages. As soon as it
+// knows how wide a slice may be, it reads several slices concurrently, and returns
+// their pages in order. Its goroutines have ended when it returns.
 func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	return func(yield func(page, error) bool) {
-		for s.more() && s.width == 0 {
-			from := s.from
-			p, err := s.next(ctx, size)
-			if !yield(p, err) || err != nil {
-				return
-			}
-			if p.rows >= minCount && s.width == 0 {
-				s.setWidth(from, p.rows, s.pageSize(size)*4/5)
-			}
-		}
 		var reading sync.WaitGroup
 		defer reading.Wait()
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		rest, queue := *s, []chan firstPage{}
+		rest, queue := *s, []chan fetched{}
 		for s.more() {
 			for rest.more() && len(queue) < maxPages {
-				first, slice := make(chan firstPage, 1), rest.cut()
-				reading.Go(func() {
-					p, err := slice.next(ctx, size)
-					first <- firstPage{p, err, slice}
-				})
-				queue = append(queue, first)
+				slice := rest
+				slice.end, rest.from = rest.bound(), rest.bound()
+				queue = append(queue, slice.readAhead(ctx, size, &reading))
 			}
-			f := <-queue[0]
-			queue = queue[1:]
-			for p, err := f.page, f.err; ; p, err = f.slice.next(ctx, size) {
-				if !yield(s.take(f.slice, p, err)) || err != nil || !s.more() {
-					return
-				}
-				if !f.slice.more() {
-					break
-				}
+			f, from := <-queue[0], s.from
+			if f.rows > s.left {
+				beyond := bytes.SplitAfterN(f.json, []byte("\n"), s.left+1)[s.left]
+				f.page = page{bytes.TrimSuffix(f.json, beyond), s.left}
+			}
+			s.from, s.left, s.width, s.rowBytes = f.slice.from, s.left-f.rows, f.slice.width, f.slice.rowBytes
+			if (f.rows > 0 || f.err != nil) && !yield(f.page, f.err) || f.err != nil || !s.more() {
+				return
+			}
+			if s.width == 0 && f.rows >= minCount {
+				s.setWidth(from, f.rows, 1+s.pageSize(size)*4/5)
+			}
+			if len(queue) > 1 && f.slice.more() {
+				queue[0] = f.slice.readAhead(ctx, size, &reading)
+			} else if queue = queue[1:]; len(queue) == 0 {
+				rest = *s
 			}
 		}
 	}
 }
 
-// cut cuts the next slice off the scan.
-func (s *scan) cut() *scan {
-	slice := *s
-	slice.left, slice.upto, slice.end = unlimited, s.bound(), s.bound()
-	s.skip(slice.end)
-	return &slice
+// readAhead starts to read a page of a slice.
+func (s *scan) readAhead(ctx context.Context, size int, reading *sync.WaitGroup) chan fetched {
+	next := make(chan fetched, 1)
+	reading.Go(func() {
+		p, err := s.next(ctx, size)
+		next <- fetched{p, err, s}
+	})
+	return next
 }
 
-// skip moves the scan behind a token.
-func (s *scan) skip(token int64) {
-	s.from, s.behind = token, uuid.Max
-	if token == s.end {
-		s.left = 0
-	}
-	s.upto = s.bound()
-}
-
-// take moves the scan behind a page of one of its slices. It drops rows beyond the
-// limit.
-func (s *scan) take(slice *scan, p page, err error) (page, error) {
-	if err != nil {
-		return p, err
-	}
-	if p.rows > s.left {
-		lines := bytes.SplitAfterN(p.json, []byte("\n"), s.left+1)
-		p.json, p.rows = p.json[:len(p.json)-len(lines[s.left])], s.left
-	}
-	s.left -= p.rows
-	if s.from, s.behind = slice.from, slice.behind; !slice.more() {
-		s.skip(slice.end)
-	}
-	return p, nil
-}
-
-// page reads at most size rows. It returns those found so far after pageTime, or
-// after half of the time that ctx has left.
+// page reads about size rows, or those found within pageTime or half of ctx's remaining time.
 func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 	start, budget := time.Now(), pageTime
 	if deadline, ok := ctx.Deadline(); ok {
 		budget = min(budget, time.Until(deadline)/2)
 	}
-	if all, err = s.next(ctx, size); err != nil {
-		return all, err
-	}
+	all, err = s.next(ctx, size)
 	ctx, cancel := context.WithDeadline(ctx, start.Add(budget*3/2)) // leaves time to send what was found so far
 	defer cancel()
-	for s.more() && all.rows < size && time.Since(start) < budget {
-		p, err := s.next(ctx, size-all.rows)
-		if err != nil {
-			break // the next page meets it again, if it lasts
-		}
+	for failed := err; failed == nil && s.more() && all.rows < size && time.Since(start) < budget; {
+		var p page
+		p, failed = s.next(ctx, size-all.rows) // the next page meets a failure again, if it lasts
 		all.json, all.rows = append(all.json, p.json...), all.rows+p.rows
 	}
-	return all, nil
+	return all, err
 }
 
-// next reads at most size rows, perhaps none, and moves the scan behind them. If
-// Cassandra runs out of time, it tries a narrower slice.
+// next reads a page of about size rows, perhaps none, and moves the scan behind
+// it. If Cassandra runs out of time, it tries a narrower slice. A scan with a
+// filter begins by counting rows without it, since Cassandra has to examine them.
 func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
-		return page{}, s.sample(ctx)
+		all := *s
+		all.minAge, all.left = 0, unlimited
+		if p, err = all.next(ctx, defaultFetch); err == nil {
+			all.setWidth(s.from, p.rows, filterRows)
+			s.width, s.rowBytes = all.width, all.rowBytes
+		}
+		return page{}, err
 	}
 	for range maxNarrowings + 1 {
-		p, err = s.read(ctx, s.pageSize(size))
-		if !isTooWide(err) {
+		if p, err = s.read(ctx, s.pageSize(size)); !isTooWide(err) {
 			break
 		}
-		s.width = max(1, (uint64(s.upto)-uint64(s.from))/narrowing)
-		s.upto = s.bound()
+		s.width = max(1, (uint64(s.bound())-uint64(s.from))/narrowing)
 	}
 	return p, queryErrorf(read, err, "scanning %s", s.name)
 }
 
-// sample counts rows without the filter, and so finds how wide a slice may be in
-// which Cassandra has to examine each row.
-func (s *scan) sample(ctx context.Context) error {
-	all := *s
-	all.minAge, all.left = 0, unlimited
-	p, err := all.next(ctx, sampleSize)
-	if err != nil {
-		return err
-	}
-	s.rowBytes, s.width = all.rowBytes, math.MaxUint64
-	if all.more() {
-		all.setWidth(s.from, p.rows, filterRows)
-		s.width = all.width
-	}
-	s.upto = s.bound()
-	return nil
-}
-
-// errNoRows is a page without rows that is not the last one.
-var errNoRows = errors.New("page without rows")
-
 // isTooWide reports that a node ran out of time, or met too many tombstones.
 func isTooWide(err error) bool {
-	code := codeOf(err)
-	return code == gocql.ErrCodeReadTimeout || code == gocql.ErrCodeReadFailure || err == errNoRows
+	return slices.Contains([]int{gocql.ErrCodeReadTimeout, gocql.ErrCodeReadFailure}, codeOf(err))
 }
 
-// read reads one page of the slice and moves the scan behind it. It asks for one
-// row more: the one behind which it resumes, or one that shows that more follow.
+// read reads a page of the next slice and moves the scan behind it. It asks for
+// one row more, which shows that more follow. Since the position is a token, rows
+// with the same token, which random keys hardly ever have, share a page.
 func (s *scan) read(ctx context.Context, size int) (p page, err error) {
-	statement, values := s.selectRange, []any{s.from, s.upto}
+	end := s.bound()
+	statement, values := s.selectRange, []any{s.from, end}
 	if s.minAge > 0 {
 		statement, values = s.selectFiltered, append(values, s.minAge)
 	}
 	anyNode := uuid.New() // without a routing key the driver looks for one, under a lock that ignores deadlines
 	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(anyNode[:])
-	rows := query.PageSize(size + 1).PageState(nil).Iter()
-	more, last, row := len(rows.PageState()) > 0, s.behind, s.newRow()
+	rows := query.PageSize(size + 1).Prefetch(0).Iter()
 	p.json = make([]byte, 0, rows.NumRows()*(s.rowBytes+s.rowBytes/16))
-	for columns := row.columns(); rows.Scan(columns...); {
-		key := row.key()
-		if bytes.Compare(key[:], s.behind[:]) <= 0 && tokenOf(key) == s.from {
-			continue // returned before
-		}
-		if p.rows == size {
-			more = true
+	row, last := s.newRow(), s.from
+	columns := row.columns()
+	for key := columns[0].(*gocql.UUID); rows.Scan(columns...); p.rows++ {
+		token := tokenOf(uuid.UUID(*key))
+		if p.rows >= size && token != last || p.rows == s.left {
+			end = last
 			break
 		}
-		p.json, p.rows, last = append(row.appendJSON(p.json), '\n'), p.rows+1, key
+		p.json, last = append(row.appendJSON(p.json), '\n'), token
 	}
 	if err := rows.Close(); err != nil {
 		return page{}, err
 	}
-	if more && p.rows == 0 {
-		return page{}, errNoRows
-	}
-	if s.left -= p.rows; more {
-		s.from, s.behind = tokenOf(last), last
-	} else {
-		s.skip(s.upto)
-	}
-	if p.rows > 0 {
-		s.rowBytes = len(p.json) / p.rows
-	}
+	s.from, s.left, s.rowBytes = end, s.left-p.rows, cmp.Or(len(p.json)/max(1, p.rows), s.rowBytes)
 	return p, nil
 }
 
 // pageSize returns size, or fewer rows if that many would exceed a limit.
 func (s *scan) pageSize(size int) int {
-	if s.rowBytes > 0 {
-		size = max(1, min(size, maxAhead/s.rowBytes))
-	}
-	return min(size, s.left)
+	return min(size, s.left, max(1, maxAhead/max(1, s.rowBytes)))
 }
 
 // bound returns the last token of a slice that begins where the scan is.
@@ -400,16 +317,17 @@ func (s *scan) bound() int64 {
 // setWidth makes slices so wide that they have the wanted number of rows, judging
 // by the rows that lie between a token and the scan's position.
 func (s *scan) setWidth(from int64, rows, wanted int) {
-	tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted)
-	s.width = uint64(max(1, min(tokens, 1<<63)))
-	s.upto = s.bound()
+	s.width = math.MaxUint64
+	if tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted); tokens < 1<<64 {
+		s.width = max(1, uint64(tokens))
+	}
 }
 
 // token returns the position of the scan as URL-safe text. It contains no secret
 // and needs no key, so every instance accepts it. The checksum covers the names of
 // keyspace and table, too.
 func (s *scan) token(kind string) string {
-	position := fmt.Sprintf("%s.%d.%d.%d.%s.%d", kind, s.minAge, s.left, s.from, s.behind, s.width)
+	position := fmt.Sprintf("%s.%d.%d.%d.%d", kind, s.minAge, s.left, s.from, s.width)
 	sum := crc32.ChecksumIEEE([]byte(position + "." + global.cluster.keyspace + "." + s.name))
 	return fmt.Sprintf("%s.%08x", position, sum)
 }
@@ -418,13 +336,7 @@ func (s *scan) token(kind string) string {
 // fields: damaged text is not what the result formats to.
 func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
 	s = newScan(t)
-	fields := strings.Split(text+"......", ".")
-	s.minAge, _ = strconv.Atoi(fields[1])
-	s.left, _ = strconv.Atoi(fields[2])
-	s.from, _ = strconv.ParseInt(fields[3], 10, 64)
-	s.behind, _ = uuid.Parse(fields[4])
-	s.width, _ = strconv.ParseUint(fields[5], 10, 64)
-	s.upto = s.bound()
+	fmt.Sscanf(text, kind+".%d.%d.%d.%d", &s.minAge, &s.left, &s.from, &s.width)
 	return s, text == s.token(kind) && s.more() && 0 <= s.minAge && s.minAge <= maxAge
 }
 
@@ -436,9 +348,7 @@ func tokenOf(key uuid.UUID) int64 {
 	h1 := bits.RotateLeft64(bits.RotateLeft64(k1*c1, 31)*c2, 27)*5 + 0x52dce729
 	h2 := (bits.RotateLeft64(bits.RotateLeft64(k2*c2, 33)*c1, 31)+h1)*5 + 0x38495ab5
 	h1, h2 = h1^16, h2^16
-	h1 += h2
-	h2 += h1
-	if token := int64(mix(h1) + mix(h2)); token != math.MinInt64 {
+	if token := int64(mix(h1+h2) + mix(h1+2*h2)); token != math.MinInt64 {
 		return token
 	}
 	return math.MaxInt64
@@ -455,6 +365,7 @@ func mix(h uint64) uint64 {
 type parameters struct {
 	url.Values
 	errs []fieldError
+	err  error // the response to errs
 }
 
 func newParameters(r *http.Request) *parameters {
@@ -468,14 +379,7 @@ func newParameters(r *http.Request) *parameters {
 
 func (p *parameters) reject(name, detail string) {
 	p.errs = append(p.errs, fieldError{Parameter: name, Detail: detail})
-}
-
-// err returns the response to what was rejected, or nil.
-func (p *parameters) err() error {
-	if p.errs == nil {
-		return nil
-	}
-	return invalid(p.errs...)
+	p.err = invalid(p.errs...)
 }
 
 // number returns a whole number clamped to high, or fallback if it is missing.
@@ -497,7 +401,7 @@ func (p *parameters) scan(t *table, kind string) *scan {
 	}
 	s, ok := t.parseToken(p.Get("page_state"), kind)
 	if !ok || len(p.Values["page_state"]) > 1 {
-		p.reject("page_state", "is corrupt or belongs to another endpoint"+startAgain)
+		p.reject("page_state", "is corrupt or belongs to another endpoint; start again without page_state")
 	}
 	return s
 }
@@ -505,13 +409,12 @@ func (p *parameters) scan(t *table, kind string) *scan {
 // fetch reads the parameters of a stream or a page. With page_state, limit is
 // unused, and age_filter must be missing or the same.
 func (p *parameters) fetch(t *table) (s *scan, fetchSize int, err error) {
-	s = p.scan(t, streamToken)
-	fetchSize = p.number("fetch_size", defaultFetch, 1, maxFetch)
+	s, fetchSize = p.scan(t, streamToken), p.number("fetch_size", defaultFetch, 1, maxFetch)
 	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, maxAge)
 	if !p.Has("page_state") {
 		s.left, s.minAge = limit, minAge
-	} else if minAge != s.minAge && p.errs == nil {
-		p.reject("page_state", "was made with another age_filter"+startAgain)
+	} else if minAge != s.minAge && p.err == nil {
+		p.reject("page_state", "was made with another age_filter; start again without page_state")
 	}
-	return s, fetchSize, p.err()
+	return s, fetchSize, p.err
 }

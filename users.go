@@ -49,10 +49,10 @@ const (
 // shadow the row, and repeating an INSERT with its own timestamp is harmless.
 const insertAge = 24 * time.Hour
 
-// userColumns are the columns of every statement, in the order of user.columns.
-const userColumns = `id, created_at, updated_at, name, email, age`
-
 const (
+	userFieldColumns = `name, email, age`                                // those that a client may set
+	userColumns      = `id, created_at, updated_at, ` + userFieldColumns // all, in the order of user.columns
+
 	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users
 		(id uuid PRIMARY KEY, created_at timestamp, updated_at timestamp, name text, email text, age int)`
 	insertUser  = `INSERT INTO users (` + userColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
@@ -71,8 +71,8 @@ const (
 // usersTable is what a scan needs to know of the users table.
 var usersTable = &table{
 	name:        "users",
-	selectRange: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ?`,
-	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) >= ? AND token(id) <= ? AND age >= ?
+	selectRange: `SELECT ` + userColumns + ` FROM users WHERE token(id) > ? AND token(id) <= ?`,
+	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) > ? AND token(id) <= ? AND age >= ?
 		ALLOW FILTERING`,
 	newRow: func() row { return new(user) },
 }
@@ -114,14 +114,7 @@ var userFields = []struct {
 		func(u *user, v json.RawMessage) bool { return readInteger(v, &u.Age) && 0 <= u.Age && u.Age <= maxAge }},
 }
 
-var userFieldNames = func() string { // "name, email and age"
-	var names []string
-	for _, f := range userFields {
-		names = append(names, f.name)
-	}
-	last := len(names) - 1
-	return strings.Join(names[:last], ", ") + " and " + names[last]
-}()
+var userFieldNames = regexp.MustCompile(`, (\w+)$`).ReplaceAllString(userFieldColumns, " and $1")
 
 // newUsers returns n users with new ids and the current time.
 func newUsers(n int) []user {
@@ -157,15 +150,15 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 	params := newParameters(r)
 	limit := params.number("limit", defaultList, 1, maxList)
 	s := params.scan(usersTable, listToken)
-	if err := params.err(); err != nil {
-		return err
+	if params.err != nil {
+		return params.err
 	}
 	p, err := s.page(r.Context(), limit)
 	if err != nil {
 		return err
 	}
 	if s.more() {
-		linkNext(w, fmt.Sprintf("/users?limit=%d&page_state=%s", limit, s.token(listToken)))
+		w.Header().Set("Link", fmt.Sprintf(`</users?limit=%d&page_state=%s>; rel="next"`, limit, s.token(listToken)))
 	}
 	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
 }
@@ -177,8 +170,15 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	users, wrong := readUsers(body)
-	if errs = append(errs, wrong...); errs != nil {
+	var elements []json.RawMessage
+	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
+		return invalid(append(errs, inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch)))...)
+	}
+	users := newUsers(len(elements))
+	for i := 0; i < len(elements) && len(errs) < maxErrors; i++ {
+		errs = append(errs, users[i].set(elements[i], "/"+strconv.Itoa(i), true)...)
+	}
+	if errs != nil {
 		return invalid(errs...)
 	}
 	if n := len(appendBatch(users)); n > maxBatchBytes {
@@ -189,19 +189,6 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return writeBody(w, http.StatusCreated, "application/json", appendBatch(users))
-}
-
-// readUsers reads the body of a batch and returns everything that is wrong with it.
-func readUsers(body json.RawMessage) (users []user, errs []fieldError) {
-	var elements []json.RawMessage
-	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
-		return nil, []fieldError{inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch))}
-	}
-	users = newUsers(len(elements))
-	for i := 0; i < len(elements) && len(errs) < maxErrors; i++ {
-		errs = append(errs, users[i].set(elements[i], "/"+strconv.Itoa(i), true)...)
-	}
-	return users, errs
 }
 
 // appendBatch returns the response of POST /users/batch.
@@ -233,17 +220,12 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusOK, &u)
 }
 
-// putUser handles PUT /users/{id}.
-func putUser(w http.ResponseWriter, r *http.Request) error {
-	return editUser(w, r, true, "application/json")
-}
-
-// patchUser handles PATCH /users/{id}.
-func patchUser(w http.ResponseWriter, r *http.Request) error {
-	return editUser(w, r, false, "application/json", "application/merge-patch+json")
-}
-
-func editUser(w http.ResponseWriter, r *http.Request, replace bool, mediaTypes ...string) error {
+// editUser handles PUT and PATCH /users/{id}.
+func editUser(w http.ResponseWriter, r *http.Request) error {
+	mediaTypes, replace := []string{"application/json", "application/merge-patch+json"}, r.Method == http.MethodPut
+	if replace {
+		mediaTypes = mediaTypes[:1]
+	}
 	id, err := pathID(r)
 	if err != nil {
 		return err
@@ -262,7 +244,7 @@ func editUser(w http.ResponseWriter, r *http.Request, replace bool, mediaTypes .
 		u.set(body, "", replace)
 	})
 	if err != nil {
-		setTag(w, &u)
+		w.Header().Set("ETag", u.etag()) // sent with 412
 		return err
 	}
 	return writeUser(w, http.StatusOK, &u)
@@ -279,10 +261,10 @@ func removeUser(w http.ResponseWriter, r *http.Request) error {
 	if tags := r.Header["If-Match"]; tags == nil {
 		_, err = runTransaction(r.Context(), id, deleteUser+ifExists, gocql.UUID(id))
 	} else if u, err = changeUser(r.Context(), id, tags, nil); errors.Is(err, errNoUser) {
-		err = errTagMismatch
+		return errTagMismatch
 	}
 	if err != nil {
-		setTag(w, &u)
+		w.Header().Set("ETag", u.etag()) // sent with 412
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -300,19 +282,18 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 	if replayed {
 		w.Header().Set("Idempotency-Replayed", "true")
 	}
-	if u := &users[0]; kind == insert {
-		query := currentSession().Query(insertUser, u.columns()...).WithContext(r.Context())
-		return queryErrorf(insert, query.RoutingKey(u.ID[:]).WithTimestamp(u.stamp()).Exec(), "inserting user %s", u.ID)
+	u, db := &users[0], currentSession()
+	stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
+	if kind == insert {
+		query := db.Query(insertUser, u.columns()...).WithContext(r.Context()).RoutingKey(u.ID[:])
+		return queryErrorf(insert, query.WithTimestamp(stamp).Exec(), "inserting user %s", u.ID)
 	}
-	batch := currentSession().NewBatch(gocql.LoggedBatch).WithContext(r.Context()).WithTimestamp(users[0].stamp())
+	batch := db.NewBatch(gocql.LoggedBatch).WithContext(r.Context()).WithTimestamp(stamp)
 	for i := range users {
 		batch.Query(insertUser, users[i].columns()...)
 	}
-	return queryErrorf(batchInsert, currentSession().ExecuteBatch(batch), "inserting a batch of %d users", len(users))
+	return queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
 }
-
-// stamp returns the timestamp of the user's INSERT in microseconds.
-func (u *user) stamp() int64 { return time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro() }
 
 // recordKey records ids and time of the users under an idempotency key, or gives
 // the users those of the first request with that key. Without a key it does
@@ -326,16 +307,18 @@ func recordKey(ctx context.Context, key string, kind queryKind, users []user) (r
 		return false, err
 	}
 	defer turn.leave()
-	ids := make([]gocql.UUID, len(users))
+	ids, text := make([]gocql.UUID, len(users)), []byte{byte(kind)}
 	for i, u := range users {
 		ids[i] = gocql.UUID(u.ID)
+		u.ID, u.CreatedAt, u.UpdatedAt = uuid.Nil, 0, 0
+		text = u.appendJSON(text) // what the client sent
 	}
-	sum, first := fingerprint(kind, users), map[string]any{}
-	query := currentSession().Query(insertKey, key, users[0].CreatedAt, sum, ids).WithContext(ctx).RoutingKey([]byte(key))
-	if applied, err := query.MapScanCAS(first); applied || err != nil {
+	fingerprint, first := sha256.Sum256(text), map[string]any{}
+	query := currentSession().Query(insertKey, key, users[0].CreatedAt, fingerprint[:], ids).WithContext(ctx)
+	if applied, err := query.RoutingKey([]byte(key)).MapScanCAS(first); applied || err != nil {
 		return false, queryErrorf(kind, err, "recording an idempotency key")
 	}
-	if !bytes.Equal(first["fingerprint"].([]byte), sum) {
+	if !bytes.Equal(first["fingerprint"].([]byte), fingerprint[:]) {
 		return false, errKeyReused
 	}
 	recorded, created := first["ids"].([]gocql.UUID), first["created_at"].(time.Time).UnixMilli()
@@ -343,17 +326,6 @@ func recordKey(ctx context.Context, key string, kind queryKind, users []user) (r
 		users[i].ID, users[i].CreatedAt, users[i].UpdatedAt = uuid.UUID(recorded[i]), created, created
 	}
 	return recorded[0] != ids[0], nil // equal ids: the driver's second attempt of the same INSERT
-}
-
-// fingerprint returns a hash of what a client sent.
-func fingerprint(kind queryKind, users []user) []byte {
-	text := []byte{byte(kind)}
-	for _, u := range users {
-		u.ID, u.CreatedAt, u.UpdatedAt = uuid.Nil, 0, 0
-		text = u.appendJSON(text)
-	}
-	sum := sha256.Sum256(text)
-	return sum[:]
 }
 
 // readUser returns a user or errNoUser. A linearizable read first settles a
@@ -435,32 +407,29 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+userFieldNames)}
 	}
-	seen, missing := map[string]bool{}, 0
+	seen, given := map[string]bool{}, 0
 	for name, value := range members(object) {
-		pointer := at + "/" + pointerEscaper.Replace(name)
-		switch {
-		case len(errs) >= maxErrors:
+		if len(errs) >= maxErrors {
 			return errs
-		case len(name) > maxMemberName:
-			errs = append(errs, inBody(at, fmt.Sprintf("has a member name of more than %d bytes", maxMemberName)))
-		case seen[name]:
-			errs = append(errs, inBody(pointer, "appears more than once"))
-		default:
-			seen[name] = true
-			if rule := u.setField(name, value); rule != "" {
-				errs = append(errs, inBody(pointer, rule))
-			}
+		}
+		pointer, rule := at+"/"+pointerEscaper.Replace(name), u.setField(name, value)
+		if len(name) > maxMemberName {
+			pointer, rule = at, fmt.Sprintf("has a member name of more than %d bytes", maxMemberName)
+		} else if seen[name] {
+			rule = "appears more than once"
+		}
+		if seen[name] = true; rule != "" {
+			errs = append(errs, inBody(pointer, rule))
 		}
 	}
 	for _, f := range userFields {
-		if !seen[f.name] {
-			missing++
-		}
-		if all && !seen[f.name] && !f.set(u, json.RawMessage("null")) { // an optional field accepts null
+		if seen[f.name] {
+			given++
+		} else if all && !f.set(u, json.RawMessage("null")) { // an optional field accepts null
 			errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
 		}
 	}
-	if errs == nil && missing == len(userFields) {
+	if errs == nil && given == 0 {
 		errs = append(errs, inBody(at, "must have at least one of "+userFieldNames))
 	}
 	return errs
@@ -468,15 +437,13 @@ func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldErr
 
 // setField reads one member into the user, or returns the rule that it breaks.
 func (u *user) setField(name string, value json.RawMessage) (rule string) {
-	switch name {
-	case "id", "created_at", "updated_at": // read-only, so that a GET response can be edited and PUT back
-		return ""
+	if name == "id" || name == "created_at" || name == "updated_at" {
+		return "" // read-only, so that a GET response can be edited and PUT back
 	}
 	for _, f := range userFields {
 		if f.name == name && f.set(u, value) {
 			return ""
-		}
-		if f.name == name {
+		} else if f.name == name {
 			return f.rule
 		}
 	}
@@ -494,11 +461,11 @@ func readJSON(r *http.Request, mediaTypes ...string) (json.RawMessage, error) {
 	if len(bytes.TrimSpace(body)) == 0 {
 		return nil, invalid(inBody("", "must be JSON; it is empty"))
 	}
-	var value json.RawMessage
-	if err := json.Unmarshal(body, &value); err != nil {
-		return nil, invalid(inBody("", "must be one JSON value: "+err.Error()))
+	if json.Valid(body) {
+		return bytes.TrimSpace(body), nil
 	}
-	return value, nil
+	err = json.Unmarshal(body, new(json.RawMessage))
+	return nil, invalid(inBody("", "must be one JSON value: "+err.Error()))
 }
 
 func inBody(pointer, detail string) fieldError {
@@ -549,8 +516,7 @@ func isAddress(text string) bool {
 		return false
 	}
 	address, err := mail.ParseAddress(text)
-	isInvisible := func(r rune) bool { return !isVisible(r) }
-	return err == nil && address.Address == text && !strings.ContainsFunc(text, isInvisible)
+	return err == nil && address.Address == text && strings.TrimLeftFunc(text, isVisible) == ""
 }
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
@@ -583,52 +549,31 @@ func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldEr
 // etag returns the user's entity tag, which every change changes.
 func (u *user) etag() string { return fmt.Sprintf(`"%d"`, u.UpdatedAt) }
 
-// tagList is RFC 9110's list of entity tags.
-var tagList = regexp.MustCompile(`^\s*(\*|(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*)\s*$`)
+var (
+	entityTag = regexp.MustCompile(`(W/)?"[^"]*"`)
+	tagList   = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
+)
 
 // matches reports whether a list of entity tags has the tag or is *. A malformed
 // list has no tags.
 func matches(header []string, tag string) bool {
-	list := strings.Join(header, ",")
-	if !tagList.MatchString(list) {
-		return false
-	}
-	for item := range strings.SplitSeq(list, ",") {
-		if item = strings.TrimSpace(item); item == tag || item == "*" {
-			return true
-		}
-	}
-	return false
-}
-
-// setTag sets the ETag header, unless there is no user.
-func setTag(w http.ResponseWriter, u *user) {
-	if u.ID != uuid.Nil {
-		w.Header().Set("ETag", u.etag())
-	}
+	list := strings.TrimSpace(strings.Join(header, ","))
+	return list == "*" || tagList.MatchString(list) && slices.Contains(entityTag.FindAllString(list, -1), tag)
 }
 
 func writeUser(w http.ResponseWriter, status int, u *user) error {
-	setTag(w, u)
+	w.Header().Set("ETag", u.etag())
 	return writeBody(w, status, "application/json", append(u.appendJSON(nil), '\n'))
 }
 
-func (u *user) key() uuid.UUID { return u.ID }
-
 // appendJSON appends the user as JSON: the same bytes in every response.
 func (u *user) appendJSON(b []byte) []byte {
-	b = append(b, `{"id":"`...)
-	b = append(b, u.ID.String()...)
-	b = append(b, `","name":`...)
-	b = appendString(b, u.Name)
-	b = append(b, `,"email":`...)
-	b = appendString(b, u.Email)
-	b = append(b, `,"age":`...)
-	b = strconv.AppendInt(b, int64(u.Age), 10)
-	b = append(b, `,"created_at":`...)
-	b = appendTime(b, u.CreatedAt)
-	b = append(b, `,"updated_at":`...)
-	b = appendTime(b, u.UpdatedAt)
+	b = append(append(b, `{"id":"`...), u.ID.String()...)
+	b = appendString(append(b, `","name":`...), u.Name)
+	b = appendString(append(b, `,"email":`...), u.Email)
+	b = strconv.AppendInt(append(b, `,"age":`...), int64(u.Age), 10)
+	b = appendTime(append(b, `,"created_at":`...), u.CreatedAt)
+	b = appendTime(append(b, `,"updated_at":`...), u.UpdatedAt)
 	return append(b, '}')
 }
 
@@ -650,9 +595,7 @@ func appendString(b []byte, text string) []byte {
 		plain = plain && c >= ' ' && c != '"' && c != '\\' && c != 0xE2 // 0xE2 begins U+2028 and U+2029
 	}
 	if plain {
-		b = append(b, '"')
-		b = append(b, text...)
-		return append(b, '"')
+		return append(append(append(b, '"'), text...), '"')
 	}
 	var quoted bytes.Buffer
 	encoder := json.NewEncoder(&quoted)
