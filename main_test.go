@@ -1643,7 +1643,7 @@ func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSi
 		for _, u := range page {
 			users = append(users, string(u))
 		}
-		if len(page) > size {
+		if member == "users" && len(page) > size { // crafted ids with the same token share a page
 			t.Fatalf("%d users for fetch_size %d", len(page), size)
 		}
 		if !more {
@@ -1712,8 +1712,8 @@ func newTable(t *testing.T, n int) (name string, streamed, pages http.Handler, i
 	for range n {
 		insert(newAda())
 	}
-	return tb.name, routed(func(w http.ResponseWriter, r *http.Request) error { return stream(w, r, &tb) }),
-		routed(func(w http.ResponseWriter, r *http.Request) error { return getPage(w, r, &tb) }), insert
+	return tb.name, routed(func(w http.ResponseWriter, r *http.Request) error { return tb.stream(w, r) }),
+		routed(func(w http.ResponseWriter, r *http.Request) error { return tb.getPage(w, r) }), insert
 }
 
 func TestQueriesOfAStream(t *testing.T) {
@@ -1830,10 +1830,11 @@ func idWithToken(token int64, a uint64) (id uuid.UUID) {
 	return id
 }
 
+// Rows with the same token share a page, so none is lost at its end.
 func TestIDsWithTheSameToken(t *testing.T) {
 	name, streamed, pages, insert := newTable(t, 0)
 	for i, token := range []int64{math.MinInt64 + 1, -5, 0, 1, math.MaxInt64} {
-		for n := range 2 {
+		for n := range 3 {
 			u := newAda()
 			u.ID = idWithToken(token, uint64(n*7+i)*0x9e3779b97f4a7c15)
 			wantEqual(t, "token", tokenOf(u.ID), token)
@@ -1841,22 +1842,19 @@ func TestIDsWithTheSameToken(t *testing.T) {
 		}
 	}
 	all := doOn(t, streamed, "GET /test", "").body
-	wantEqual(t, "users", strings.Count(all, `"id"`), 10)
-	for size := 1; size <= 10; size++ { // the first page ends between two of them, or behind both
+	wantEqual(t, "users", strings.Count(all, `"id"`), 15)
+	for size := 1; size <= 16; size++ { // pages end before, between and behind them
 		for query := range strings.SplitSeq("|age_filter=30", "|") {
-			wantEqual(t, fmt.Sprintf("pages of %d", size), array(readPages(t, pages, "/test", name, query, size, 5000)), all)
+			wantBody(t, doOn(t, streamed, fmt.Sprintf("GET /test?fetch_size=%d&%s", size, query), ""), 200, all)
+			wantEqual(t, fmt.Sprintf("pages of %d", size), array(readPages(t, pages, "/test", name, query, size)), all)
 		}
 	}
 }
 
-// A slice that Cassandra has no time for is tried again narrower. e2e/ shows it
-// with tombstones; here are the pieces.
 func TestSlices(t *testing.T) {
 	for err, want := range map[error]bool{
-		fault(gocql.ErrCodeReadTimeout): true, fault(gocql.ErrCodeReadFailure): true, errNoRows: true, nil: false,
-		context.DeadlineExceeded:       false,
+		fault(gocql.ErrCodeReadTimeout): true, fault(gocql.ErrCodeReadFailure): true, nil: false, context.DeadlineExceeded: false,
 		fault(gocql.ErrCodeOverloaded): false, fault(gocql.ErrCodeUnavailable): false, fault(gocql.ErrCodeInvalid): false,
-		fault(gocql.ErrCodeServer): false,
 	} {
 		wantEqual(t, fmt.Sprintf("isTooWide(%v)", err), isTooWide(err), want)
 	}
@@ -1864,19 +1862,13 @@ func TestSlices(t *testing.T) {
 		s := newScan(usersTable)
 		s.from = int64(rand.Uint64())
 		from := s.from - int64(rand.Uint64N(uint64(s.from)-(1<<63))>>1)
-		if s.setWidth(from, rand.IntN(1000), 1+rand.IntN(filterRows)); s.width == 0 || s.bound() < s.from || s.upto != s.bound() {
-			t.Fatalf("from %d: %+v, bound %d", from, s, s.bound())
-		}
+		s.setWidth(from, rand.IntN(1000), 1+rand.IntN(filterRows))
+		failIf(t, s.width == 0 || s.bound() <= s.from, "from %d: %+v, bound %d", from, s, s.bound())
 		s.width = math.MaxUint64 >> (1 + rand.IntN(8)) // at most 512 slices
-		end, behind := s.from, s.behind
-		for s.more() {
-			slice := s.cut()
-			if slice.from != end || slice.behind != behind || slice.upto < slice.from || slice.end != slice.upto || slice.left != unlimited {
-				t.Fatalf("slice %+v after %d", slice, end)
-			}
-			end, behind = slice.upto, uuid.Max
+		for before := s.from; s.more() && !t.Failed(); before = s.from {
+			s.from = s.bound()
+			failIf(t, s.from <= before, "a slice from %d ends at %d", before, s.from)
 		}
-		wantEqual(t, "end of the last slice", end, math.MaxInt64)
 	}
 }
 
@@ -2209,18 +2201,18 @@ func FuzzUserJSON(f *testing.F) {
 // FuzzPageToken parses positions under a correct checksum, which is no signature:
 // none may panic, or give a scan that cannot continue.
 func FuzzPageToken(f *testing.F) {
-	middle := &scan{table: usersTable, minAge: 150, left: 1, from: -1, behind: uuid.Max, upto: 5, end: math.MaxInt64, width: 1 << 50}
+	middle := &scan{table: usersTable, minAge: 150, left: 1, from: -1, end: math.MaxInt64, width: 1 << 50}
 	for _, token := range []string{newScan(usersTable).token(listToken), newScan(usersTable).token(streamToken), middle.token(listToken),
 		middle.token(streamToken)} {
 		f.Add(token[:strings.LastIndexByte(token, '.')])
 	}
-	f.Add("stream.0.0.0.00000000-0000-0000-0000-000000000000.0")
-	f.Add("stream.-1.-1.9223372036854775807.ffffffff-ffff-ffff-ffff-ffffffffffff.18446744073709551615")
+	f.Add("stream.0.0.0.0")
+	f.Add("stream.-1.-1.9223372036854775807.18446744073709551615")
 	f.Fuzz(func(t *testing.T, position string) {
 		token := fmt.Sprintf("%s.%08x", position, crc32.ChecksumIEEE([]byte(position+"."+config.cluster.keyspace+".users")))
 		for _, kind := range []string{listToken, streamToken} {
 			s, ok := usersTable.parseToken(token, kind)
-			failIf(t, ok && (s.token(kind) != token || !s.more() || s.bound() < s.from || s.upto != s.bound() || s.minAge < 0 || s.minAge > maxAge),
+			failIf(t, ok && (s.token(kind) != token || !s.more() || s.bound() <= s.from || s.minAge < 0 || s.minAge > maxAge),
 				"%s: %+v", token, s)
 			if s, ok := usersTable.parseToken(position, kind); ok && position != s.token(kind) {
 				t.Errorf("%s is accepted: %+v", position, s)
