@@ -1080,7 +1080,8 @@ var usersAtTheLimits = []struct{ body, want string }{
 	{userWithName("\"a\u200b\u00ad\""), ""}, // invisible characters beside a visible one
 	{`{"age":36,"email":"ada@example.com","name":"Ada"}`, userWithName(`"Ada"`)},
 	{`{"n\u0061me":"\u0041da","email":"ada@example.com","age":36}`, userWithName(`"Ada"`)},
-	{`{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, ""}, {userWithName(`"\ud83d\uDE00"`), userWithName(`"😀"`)},
+	{`{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, ""},
+	{userWithName(`"\ud83d\uDE00"`), userWithName(`"😀"`)},
 	{userWithName(`"\\ud83d"`), ""}, {userWithName(`"<b>&\u2028\"\\"`), ""},
 	{adaWith(`"id":[],"created_at":{"a":1},"updated_at":null`), adaBody}, // read-only
 	{"\r\n\t " + adaBody + strings.Repeat(" ", maxBody-len(adaBody)-4), adaBody},
@@ -1283,8 +1284,7 @@ func TestIfNoneMatch(t *testing.T) {
 	for headers, status := range map[string]int{ // headers are separated by |; TAG is the ETag
 		"X-Other: 1": 200, "If-None-Match: TAG": 304, "If-None-Match: W/TAG": 304, "If-None-Match: *": 304, `If-None-Match: "a",TAG`: 304,
 		`If-None-Match: W/"a" , W/TAG , "b"`: 304, `If-None-Match: "a"|If-None-Match: TAG`: 304,
-		"Cache-Control: no-cache|If-None-Match: TAG": 304,
-		`If-None-Match: "a"`:                         200, `If-None-Match: "*"`: 200,
+		"Cache-Control: no-cache|If-None-Match: TAG": 304, `If-None-Match: "a"`: 200, `If-None-Match: "*"`: 200,
 		// malformed lists
 		"If-None-Match: " + strings.Trim(tag, `"`): 200, "If-None-Match: w/TAG": 200, `If-None-Match: "a" TAG`: 200, "If-None-Match: *, TAG": 200,
 		"If-None-Match: TAG,": 200, "If-None-Match: ": 200,
@@ -1307,8 +1307,7 @@ func TestIfMatch(t *testing.T) {
 		"If-Match: TAG": true, "If-Match: *": true, `If-Match: "a" , TAG`: true, `If-Match: "a"|If-Match: TAG`: true,
 		"If-Match: W/TAG": false, `If-Match: "a", W/TAG`: false, `If-Match: "a"`: false, `If-Match: "*"`: false, // a weak tag never matches
 		`If-Match: "x,*,y"`: false, "If-Match: 1": false, "If-Match: TAG,": false, "If-Match: TAG TAG": false, "If-Match: *, TAG": false,
-		"If-Match: ": false,
-		// malformed lists
+		"If-Match: ": false, // these are malformed, apart from the first
 	} {
 		for method, body := range map[string]string{"PUT": adaBody, "PATCH": `{"age":1}`, "DELETE": ""} {
 			created := createAda(t)
@@ -1355,7 +1354,7 @@ func TestIdempotencyKey(t *testing.T) {
 	wantBody(t, do(t, "POST /users", adaBody, key), 201, first.body)
 	wantStatus(t, do(t, "GET "+path, ""), 404) // and no deletion
 
-	key = "Idempotency-Key: " + strings.Repeat("~!", 127) + "k"
+	key = "Idempotency-Key: " + strings.Repeat("~", 219) + uuid.NewString() // the longest
 	responses := make([]response, 16)
 	concurrently(len(responses), func(i int) { responses[i] = do(t, "POST /users/batch", batchOf(50, shortTexts), key) })
 	replayed := ""
@@ -1381,8 +1380,8 @@ func TestInvalidIdempotencyKeys(t *testing.T) {
 	invalid := wrong("header", "Idempotency-Key", "must be a single value of 1 to 255 visible ASCII characters")
 	for _, key := range []string{"", " ", "a b", "a\tb", "ä", "a\x7f", strings.Repeat("k", 256)} {
 		wantInvalid(t, do(t, "POST /users", adaBody, "Idempotency-Key: "+key), invalid)
-		wantInvalid(t, do(t, "POST /users/batch", "[{}]", "Idempotency-Key: "+key), invalid, element(0, noName), element(0, noEmail), element(0,
-			noAge))
+		wantInvalid(t, do(t, "POST /users/batch", "[{}]", "Idempotency-Key: "+key), invalid,
+			element(0, noName), element(0, noEmail), element(0, noAge))
 	}
 	wantInvalid(t, do(t, "POST /users", adaBody, "Idempotency-Key: a", "Idempotency-Key: a"), invalid)
 }
@@ -1390,10 +1389,9 @@ func TestInvalidIdempotencyKeys(t *testing.T) {
 func TestRequestsPastTheirDeadline(t *testing.T) {
 	isPath := regexp.MustCompile(`^/users/[0-9a-f-]{36}$`)
 	path := createPath(t)
-	for request := range strings.SplitSeq("POST /users|POST /users/batch|DELETE PATH|PUT PATH|PATCH PATH|GET PATH|"+
-		"GET /users|GET /performance/async|"+
-		"GET /slow_query|POST /context_manager_safety/query_error|GET /users/stream|GET /users/stream?limit=5|GET /users/stream?age_filter=1|"+
-		"GET /users/stream/pages", "|") {
+	for request := range strings.SplitSeq("POST /users|POST /users/batch|DELETE PATH|PUT PATH|PATCH PATH|GET PATH|GET /users|"+
+		"GET /performance/async|GET /slow_query|POST /context_manager_safety/query_error|GET /users/stream|GET /users/stream?limit=5|"+
+		"GET /users/stream?age_filter=1|GET /users/stream/pages", "|") {
 		detail := cmp.Or(map[string]string{"POST /users": inDoubtUser, "POST /users/batch": inDoubtUsers, "DELETE PATH": inDoubtEdit}[request],
 			tooLate)
 		body := pick(strings.HasSuffix(request, "batch"), "["+adaBody+"]", adaBody)
