@@ -41,8 +41,7 @@ import (
 )
 
 const (
-	version = "1.0.0"
-
+	version        = "1.0.0"
 	maxBody        = 1 << 20                // bytes of a request body; a user is under 1 kB, this is for batches
 	maxBodies      = 64 << 20               // bytes of all bodies that are being received or handled
 	maxHeader      = 16 << 10               // bytes; enough for any page token, 431 beyond
@@ -69,8 +68,7 @@ var (
 	docsPage []byte
 
 	// errShutdown is the cancellation cause of requests still active at SHUTDOWN_TIMEOUT.
-	errShutdown = errors.New("the service is shutting down")
-
+	errShutdown  = errors.New("the service is shutting down")
 	validID      = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 	validSeconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
 	// forwarding matches the headers that proxies add.

@@ -52,6 +52,7 @@ type table struct {
 	name           string
 	selectRange    string // rows behind one token, up to another
 	selectFiltered string // the same, with a minimum age
+	maxFilter      int    // the highest minimum; 0 if there is no filter
 	newRow         func() row
 }
 
@@ -72,8 +73,7 @@ func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 	}
 	if !r.ProtoAtLeast(1, 1) { // it has no framing that shows a truncated body
 		w.Header().Set("Upgrade", "HTTP/1.1")
-		const detail = "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1"
-		return &problem{Status: http.StatusUpgradeRequired, Detail: detail}
+		return refuse(http.StatusUpgradeRequired, "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1")
 	}
 	contentType := preferred(r, "application/json", ndjson)
 	w.Header().Set("Vary", "Accept")
@@ -337,7 +337,7 @@ func (s *scan) token(kind string) string {
 func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
 	s = newScan(t)
 	fmt.Sscanf(text, kind+".%d.%d.%d.%d", &s.minAge, &s.left, &s.from, &s.width)
-	return s, text == s.token(kind) && s.more() && 0 <= s.minAge && s.minAge <= maxAge
+	return s, text == s.token(kind) && s.more() && 0 <= s.minAge && s.minAge <= t.maxFilter
 }
 
 // tokenOf returns the token of a key, as Cassandra's Murmur3Partitioner computes
@@ -410,7 +410,7 @@ func (p *parameters) scan(t *table, kind string) *scan {
 // unused, and age_filter must be missing or the same.
 func (p *parameters) fetch(t *table) (s *scan, fetchSize int, err error) {
 	s, fetchSize = p.scan(t, streamToken), p.number("fetch_size", defaultFetch, 1, maxFetch)
-	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, maxAge)
+	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, t.maxFilter)
 	if !p.Has("page_state") {
 		s.left, s.minAge = limit, minAge
 	} else if minAge != s.minAge && p.err == nil {

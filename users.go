@@ -50,9 +50,7 @@ const (
 const insertAge = 24 * time.Hour
 
 const (
-	userFieldColumns = `name, email, age`                                // those that a client may set
-	userColumns      = `id, created_at, updated_at, ` + userFieldColumns // all, in the order of user.columns
-
+	userColumns      = `id, created_at, updated_at, name, email, age` // in the order of user.columns
 	createUsersTable = `CREATE TABLE IF NOT EXISTS "%s".users
 		(id uuid PRIMARY KEY, created_at timestamp, updated_at timestamp, name text, email text, age int)`
 	insertUser  = `INSERT INTO users (` + userColumns + `) VALUES (?, ?, ?, ?, ?, ?)`
@@ -71,6 +69,7 @@ const (
 // usersTable is what a scan needs to know of the users table.
 var usersTable = &table{
 	name:        "users",
+	maxFilter:   maxAge,
 	selectRange: `SELECT ` + userColumns + ` FROM users WHERE token(id) > ? AND token(id) <= ?`,
 	selectFiltered: `SELECT ` + userColumns + ` FROM users WHERE token(id) > ? AND token(id) <= ? AND age >= ?
 		ALLOW FILTERING`,
@@ -79,18 +78,14 @@ var usersTable = &table{
 
 const errNoUser = notFound("User not found")
 
-var (
-	errTagMismatch = errors.New("If-Match does not match")
-	errKeyReused   = errors.New("idempotency key was used for a different request")
-)
+var errTagMismatch, errKeyReused = errors.New("If-Match does not match"), errors.New("idempotency key was reused")
 
 // user is a row of the users table. Null columns, which this service never
 // writes, read as zero values.
 type user struct {
-	ID                   uuid.UUID
-	CreatedAt, UpdatedAt int64 // milliseconds since 1970, the precision of Cassandra's timestamp
-	Name, Email          string
-	Age                  int
+	record
+	Name, Email string
+	Age         int
 }
 
 // columns returns pointers to the fields in the order of userColumns. Scan fills
@@ -100,28 +95,24 @@ func (u *user) columns() []any {
 	return []any{(*gocql.UUID)(&u.ID), &u.CreatedAt, &u.UpdatedAt, &u.Name, &u.Email, &u.Age}
 }
 
-// userFields are the fields that a client may set. set reads a JSON value into
-// the user and reports whether the value follows the rule.
-var userFields = []struct {
-	name, rule string
-	set        func(u *user, value json.RawMessage) bool
-}{
-	{"name", "must be text of 1 to 100 characters, at least one of them visible, without control characters",
-		func(u *user, v json.RawMessage) bool { return readText(v, &u.Name) && isName(u.Name) }},
-	{"email", "must be one plain address of at most 254 bytes, such as ada@example.com",
-		func(u *user, v json.RawMessage) bool { return readText(v, &u.Email) && isAddress(u.Email) }},
-	{"age", "must be a whole number from 0 to 150",
-		func(u *user, v json.RawMessage) bool { return readInteger(v, &u.Age) && 0 <= u.Age && u.Age <= maxAge }},
+// fields returns the fields that a client may set.
+func (u *user) fields() []field {
+	return []field{
+		{"name", "must be text of 1 to 100 characters, at least one of them visible, without control characters",
+			func(v json.RawMessage) bool { return readText(v, &u.Name) && isName(u.Name) }},
+		{"email", "must be one plain address of at most 254 bytes, such as ada@example.com",
+			func(v json.RawMessage) bool { return readText(v, &u.Email) && isAddress(u.Email) }},
+		{"age", "must be a whole number from 0 to 150",
+			func(v json.RawMessage) bool { return readInteger(v, &u.Age) && 0 <= u.Age && u.Age <= maxAge }},
+	}
 }
-
-var userFieldNames = regexp.MustCompile(`, (\w+)$`).ReplaceAllString(userFieldColumns, " and $1")
 
 // newUsers returns n users with new ids and the current time.
 func newUsers(n int) []user {
 	users := make([]user, n)
 	now := time.Now().UnixMilli()
 	for i := range users {
-		users[i] = user{ID: uuid.New(), CreatedAt: now, UpdatedAt: now}
+		users[i].record = record{uuid.New(), now, now}
 	}
 	return users
 }
@@ -134,7 +125,7 @@ func postUser(w http.ResponseWriter, r *http.Request) error {
 	}
 	users := newUsers(1)
 	u := &users[0]
-	if errs = append(errs, u.set(body, "", true)...); errs != nil {
+	if errs = append(errs, readFields(u.fields(), body, "", true)...); errs != nil {
 		return invalid(errs...)
 	}
 	err = createUsers(w, r, insert, key, users)
@@ -176,14 +167,14 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 	}
 	users := newUsers(len(elements))
 	for i := 0; i < len(elements) && len(errs) < maxErrors; i++ {
-		errs = append(errs, users[i].set(elements[i], "/"+strconv.Itoa(i), true)...)
+		errs = append(errs, readFields(users[i].fields(), elements[i], "/"+strconv.Itoa(i), true)...)
 	}
 	if errs != nil {
 		return invalid(errs...)
 	}
 	if n := len(appendBatch(users)); n > maxBatchBytes {
 		detail := fmt.Sprintf("Batch too large: %d bytes of response JSON, limit %d; split it", n, maxBatchBytes)
-		return &problem{Status: http.StatusRequestEntityTooLarge, Detail: detail}
+		return refuse(http.StatusRequestEntityTooLarge, detail)
 	}
 	if err := createUsers(w, r, batchInsert, key, users); err != nil {
 		return err
@@ -222,9 +213,9 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 
 // editUser handles PUT and PATCH /users/{id}.
 func editUser(w http.ResponseWriter, r *http.Request) error {
-	mediaTypes, replace := []string{"application/json", "application/merge-patch+json"}, r.Method == http.MethodPut
-	if replace {
-		mediaTypes = mediaTypes[:1]
+	mediaTypes, replace := []string{"application/json"}, r.Method == http.MethodPut
+	if !replace {
+		mediaTypes = append(mediaTypes, "application/merge-patch+json")
 	}
 	id, err := pathID(r)
 	if err != nil {
@@ -234,14 +225,14 @@ func editUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if errs := new(user).set(body, "", replace); errs != nil {
+	if errs := readFields(new(user).fields(), body, "", replace); errs != nil {
 		return invalid(errs...)
 	}
 	u, err := changeUser(r.Context(), id, r.Header["If-Match"], func(u *user) {
 		if replace {
-			*u = user{ID: u.ID, CreatedAt: u.CreatedAt, UpdatedAt: u.UpdatedAt}
+			*u = user{record: u.record}
 		}
-		u.set(body, "", replace)
+		readFields(u.fields(), body, "", replace)
 	})
 	if err != nil {
 		w.Header().Set("ETag", u.etag()) // sent with 412
@@ -275,12 +266,13 @@ func removeUser(w http.ResponseWriter, r *http.Request) error {
 // repeats an earlier one. Of a logged batch all users are written or, eventually,
 // none, but for a moment a reader may see some of them.
 func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
-	replayed, err := recordKey(r.Context(), key, kind, users)
-	if err != nil {
-		return err
+	records, sent := make([]*record, len(users)), []byte("users")
+	for i, u := range users {
+		records[i], u.record = &users[i].record, record{}
+		sent = u.appendJSON(sent)
 	}
-	if replayed {
-		w.Header().Set("Idempotency-Replayed", "true")
+	if err := recordKey(w, r, key, kind, sent, records); err != nil {
+		return err
 	}
 	u, db := &users[0], currentSession()
 	stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
@@ -293,39 +285,6 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 		batch.Query(insertUser, users[i].columns()...)
 	}
 	return queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
-}
-
-// recordKey records ids and time of the users under an idempotency key, or gives
-// the users those of the first request with that key. Without a key it does
-// nothing. It returns errKeyReused if that request had other fields.
-func recordKey(ctx context.Context, key string, kind queryKind, users []user) (replayed bool, err error) {
-	if key == "" {
-		return false, nil
-	}
-	turn := turnOf(key)
-	if err := turn.wait(ctx); err != nil {
-		return false, err
-	}
-	defer turn.leave()
-	ids, text := make([]gocql.UUID, len(users)), []byte{byte(kind)}
-	for i, u := range users {
-		ids[i] = gocql.UUID(u.ID)
-		u.ID, u.CreatedAt, u.UpdatedAt = uuid.Nil, 0, 0
-		text = u.appendJSON(text) // what the client sent
-	}
-	fingerprint, first := sha256.Sum256(text), map[string]any{}
-	query := currentSession().Query(insertKey, key, users[0].CreatedAt, fingerprint[:], ids).WithContext(ctx)
-	if applied, err := query.RoutingKey([]byte(key)).MapScanCAS(first); applied || err != nil {
-		return false, queryErrorf(kind, err, "recording an idempotency key")
-	}
-	if !bytes.Equal(first["fingerprint"].([]byte), fingerprint[:]) {
-		return false, errKeyReused
-	}
-	recorded, created := first["ids"].([]gocql.UUID), first["created_at"].(time.Time).UnixMilli()
-	for i := range users {
-		users[i].ID, users[i].CreatedAt, users[i].UpdatedAt = uuid.UUID(recorded[i]), created, created
-	}
-	return recorded[0] != ids[0], nil // equal ids: the driver's second attempt of the same INSERT
 }
 
 // readUser returns a user or errNoUser. A linearizable read first settles a
@@ -347,24 +306,16 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (u user, err
 // It returns the user as written; errNoUser; or errTagMismatch and the current
 // user if ifMatch is not nil and has other tags.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
-	turn := turnOf(string(id[:]))
-	if err := turn.wait(ctx); err != nil {
-		return u, err
-	}
-	defer turn.leave()
-	for pause := time.Millisecond; ; pause = min(2*pause, maxEditPause) {
+	err = untilApplied(ctx, id, func() (applied bool, err error) {
 		if u, err = readUser(ctx, id, false); err != nil {
-			return u, err
+			return false, err
 		}
 		if ifMatch != nil && !matches(ifMatch, u.etag()) {
-			return u, errTagMismatch
+			return false, errTagMismatch
 		}
-		applied, err := compareAndSet(ctx, &u, change)
-		if applied || err != nil {
-			return u, err
-		}
-		sleep(ctx, rand.N(pause)) // an edit on another instance came first
-	}
+		return compareAndSet(ctx, &u, change)
+	})
+	return u, err
 }
 
 // compareAndSet writes the change if the user is still as it was read.
@@ -382,11 +333,101 @@ func compareAndSet(ctx context.Context, u *user, change func(*user)) (applied bo
 	return runTransaction(ctx, u.ID, updateUser+condition, append(u.columns()[2:], values...)...)
 }
 
-// runTransaction runs a lightweight transaction on one user.
+func writeUser(w http.ResponseWriter, status int, u *user) error {
+	w.Header().Set("ETag", u.etag())
+	return writeBody(w, status, "application/json", append(u.appendJSON(nil), '\n'))
+}
+
+// appendJSON appends the user as JSON: the same bytes in every response.
+func (u *user) appendJSON(b []byte) []byte {
+	b = append(append(b, `{"id":"`...), u.ID.String()...)
+	b = appendString(append(b, `","name":`...), u.Name)
+	b = appendString(append(b, `,"email":`...), u.Email)
+	b = strconv.AppendInt(append(b, `,"age":`...), int64(u.Age), 10)
+	b = appendTime(append(b, `,"created_at":`...), u.CreatedAt)
+	b = appendTime(append(b, `,"updated_at":`...), u.UpdatedAt)
+	return append(b, '}')
+}
+
+func isName(text string) bool {
+	isLegal := utf8.RuneCountInString(text) <= maxName && !strings.ContainsFunc(text, unicode.IsControl)
+	return isLegal && strings.ContainsFunc(text, isVisible)
+}
+
+// isAddress reports whether the text is an address, without display name or comment.
+func isAddress(text string) bool {
+	if len(text) > maxEmail { // net/mail takes a second for a megabyte
+		return false
+	}
+	address, err := mail.ParseAddress(text)
+	return err == nil && address.Address == text && strings.TrimLeftFunc(text, isVisible) == ""
+}
+
+// What follows serves every resource.
+
+// record is what every row has.
+type record struct {
+	ID                   uuid.UUID
+	CreatedAt, UpdatedAt int64 // milliseconds since 1970, the precision of Cassandra's timestamp
+}
+
+// etag returns the row's entity tag, which every change changes.
+func (r *record) etag() string { return fmt.Sprintf(`"%d"`, r.UpdatedAt) }
+
+// recordKey records ids and time of new rows under an idempotency key, or gives the
+// rows those of the first request with that key and marks the response as replayed.
+// It returns errKeyReused if that request sent something else.
+func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKind, sent []byte, rows []*record) error {
+	if key == "" {
+		return nil
+	}
+	turn := turnOf(key)
+	if err := turn.wait(r.Context()); err != nil {
+		return err
+	}
+	defer turn.leave()
+	ids := make([]gocql.UUID, len(rows))
+	for i, row := range rows {
+		ids[i] = gocql.UUID(row.ID)
+	}
+	sum, first := sha256.Sum256(append(sent, byte(kind))), map[string]any{}
+	query := currentSession().Query(insertKey, key, rows[0].CreatedAt, sum[:], ids).WithContext(r.Context())
+	if applied, err := query.RoutingKey([]byte(key)).MapScanCAS(first); applied || err != nil {
+		return queryErrorf(kind, err, "recording an idempotency key")
+	}
+	if !bytes.Equal(first["fingerprint"].([]byte), sum[:]) {
+		return errKeyReused
+	}
+	recorded, created := first["ids"].([]gocql.UUID), first["created_at"].(time.Time).UnixMilli()
+	for i, row := range rows {
+		*row = record{uuid.UUID(recorded[i]), created, created}
+	}
+	if recorded[0] != ids[0] { // else it is the driver's second attempt of the same INSERT
+		w.Header().Set("Idempotency-Replayed", "true")
+	}
+	return nil
+}
+
+// untilApplied attempts an edit of a row until it is applied or fails.
+func untilApplied(ctx context.Context, id uuid.UUID, attempt func() (applied bool, err error)) error {
+	turn := turnOf(string(id[:]))
+	if err := turn.wait(ctx); err != nil {
+		return err
+	}
+	defer turn.leave()
+	for pause := time.Millisecond; ; pause = min(2*pause, maxEditPause) {
+		if applied, err := attempt(); applied || err != nil {
+			return err
+		}
+		sleep(ctx, rand.N(pause)) // an edit on another instance came first
+	}
+}
+
+// runTransaction runs a lightweight transaction on one row.
 func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
 	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(id[:])
 	applied, err = query.ScanCAS(new(int64))
-	return applied, queryErrorf(edit, err, "editing user %s", id)
+	return applied, queryErrorf(edit, err, "editing %s", id)
 }
 
 // turns make transactions on the same row wait for each other, since concurrent
@@ -400,62 +441,71 @@ var turns = func() (gates [4096]gate) {
 
 func turnOf(row string) gate { return turns[crc32.ChecksumIEEE([]byte(row))%uint32(len(turns))] }
 
-// set reads the members of a JSON object into the user and returns everything
+// field is a field that a client may set: its name, its rule, and a function that
+// reads a JSON value into it and reports whether the value follows the rule.
+type field struct {
+	name, rule string
+	set        func(value json.RawMessage) bool
+}
+
+// readFields reads the members of a JSON object into fields and returns everything
 // that is wrong with them, located by JSON Pointers below at. If all is set, no
 // field may be missing, else at least one must be there.
-func (u *user) set(object json.RawMessage, at string, all bool) (errs []fieldError) {
+func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
-		return []fieldError{inBody(at, "must be an object with "+userFieldNames)}
+		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
 	}
 	seen, given := map[string]bool{}, 0
 	for name, value := range members(object) {
-		if len(errs) >= maxErrors {
+		pointer, rule := at+"/"+pointerEscaper.Replace(name), ""
+		i := slices.IndexFunc(fields, func(f field) bool { return f.name == name })
+		switch {
+		case len(errs) >= maxErrors:
 			return errs
-		}
-		pointer, rule := at+"/"+pointerEscaper.Replace(name), u.setField(name, value)
-		if len(name) > maxMemberName {
+		case len(name) > maxMemberName:
 			pointer, rule = at, fmt.Sprintf("has a member name of more than %d bytes", maxMemberName)
-		} else if seen[name] {
+		case seen[name]:
 			rule = "appears more than once"
+		case i >= 0 && !fields[i].set(value):
+			rule = fields[i].rule
+		case i < 0 && !slices.Contains(readOnly, name):
+			rule = "unknown field; the fields are " + namesOf(fields) + " (case-sensitive)"
 		}
 		if seen[name] = true; rule != "" {
 			errs = append(errs, inBody(pointer, rule))
 		}
 	}
-	for _, f := range userFields {
+	for _, f := range fields {
 		if seen[f.name] {
 			given++
-		} else if all && !f.set(u, json.RawMessage("null")) { // an optional field accepts null
+		} else if all && !f.set(json.RawMessage("null")) { // an optional field accepts null
 			errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
 		}
 	}
 	if errs == nil && given == 0 {
-		errs = append(errs, inBody(at, "must have at least one of "+userFieldNames))
+		errs = append(errs, inBody(at, "must have at least one of "+namesOf(fields)))
 	}
 	return errs
 }
 
-// setField reads one member into the user, or returns the rule that it breaks.
-func (u *user) setField(name string, value json.RawMessage) (rule string) {
-	if name == "id" || name == "created_at" || name == "updated_at" {
-		return "" // read-only, so that a GET response can be edited and PUT back
+// readOnly are ignored in a body, so that a GET response can be edited and PUT back.
+var readOnly = []string{"id", "created_at", "updated_at"}
+
+// namesOf returns a list such as "name, email and age".
+func namesOf(fields []field) string {
+	list := fields[0].name
+	for _, f := range fields[1:] {
+		list += ", " + f.name
 	}
-	for _, f := range userFields {
-		if f.name == name && f.set(u, value) {
-			return ""
-		} else if f.name == name {
-			return f.rule
-		}
-	}
-	return "unknown field; the fields are " + userFieldNames + " (case-sensitive)"
+	last := strings.LastIndex(list, ", ")
+	return list[:last] + " and " + list[last+2:]
 }
 
 // readJSON returns the body, which must be one JSON value of one of the media types.
 func readJSON(r *http.Request, mediaTypes ...string) (json.RawMessage, error) {
 	mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil || !slices.Contains(mediaTypes, mediaType) {
-		detail := "Send the body as JSON: -H 'Content-Type: " + mediaTypes[0] + "'"
-		return nil, &problem{Status: http.StatusUnsupportedMediaType, Detail: detail}
+		return nil, refuse(http.StatusUnsupportedMediaType, "Send the body as JSON: -H 'Content-Type: "+mediaTypes[0]+"'")
 	}
 	body := r.Body.(receivedBody).Bytes()
 	if len(bytes.TrimSpace(body)) == 0 {
@@ -468,9 +518,7 @@ func readJSON(r *http.Request, mediaTypes ...string) (json.RawMessage, error) {
 	return nil, invalid(inBody("", "must be one JSON value: "+err.Error()))
 }
 
-func inBody(pointer, detail string) fieldError {
-	return fieldError{Pointer: &pointer, Detail: detail}
-}
+func inBody(pointer, detail string) fieldError { return fieldError{Pointer: &pointer, Detail: detail} }
 
 // pointerEscaper makes a member's name a part of a JSON Pointer.
 var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
@@ -505,20 +553,6 @@ func readInteger(value json.RawMessage, to *int) bool {
 	return ok
 }
 
-func isName(text string) bool {
-	isLegal := utf8.RuneCountInString(text) <= maxName && !strings.ContainsFunc(text, unicode.IsControl)
-	return isLegal && strings.ContainsFunc(text, isVisible)
-}
-
-// isAddress reports whether the text is an address, without display name or comment.
-func isAddress(text string) bool {
-	if len(text) > maxEmail { // net/mail takes a second for a megabyte
-		return false
-	}
-	address, err := mail.ParseAddress(text)
-	return err == nil && address.Address == text && strings.TrimLeftFunc(text, isVisible) == ""
-}
-
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
 
 // pathID returns the {id} of the path. uuid.Parse alone also accepts braces, a
@@ -527,7 +561,7 @@ func pathID(r *http.Request) (uuid.UUID, error) {
 	text := r.PathValue("id")
 	id, err := uuid.Parse(text)
 	if err != nil || len(text) != 36 {
-		return uuid.Nil, &problem{Status: http.StatusBadRequest, Detail: "Invalid UUID format"}
+		return uuid.Nil, refuse(http.StatusBadRequest, "Invalid UUID format")
 	}
 	return id, nil
 }
@@ -537,17 +571,13 @@ var visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
 // readPost returns the body, the Idempotency-Key or "", and what is wrong with that.
 func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldError, err error) {
 	body, err = readJSON(r, "application/json")
-	if keys := r.Header["Idempotency-Key"]; keys != nil {
-		if key = keys[0]; len(keys) > 1 || !visibleASCII.MatchString(key) {
-			const rule = "must be a single value of 1 to 255 visible ASCII characters"
-			errs = []fieldError{{Header: "Idempotency-Key", Detail: rule}}
-		}
+	keys := r.Header["Idempotency-Key"]
+	if key = strings.Join(keys, " "); keys != nil && !visibleASCII.MatchString(key) {
+		const rule = "must be a single value of 1 to 255 visible ASCII characters"
+		errs = []fieldError{{Header: "Idempotency-Key", Detail: rule}}
 	}
 	return body, key, errs, err
 }
-
-// etag returns the user's entity tag, which every change changes.
-func (u *user) etag() string { return fmt.Sprintf(`"%d"`, u.UpdatedAt) }
 
 var (
 	entityTag = regexp.MustCompile(`(W/)?"[^"]*"`)
@@ -559,22 +589,6 @@ var (
 func matches(header []string, tag string) bool {
 	list := strings.TrimSpace(strings.Join(header, ","))
 	return list == "*" || tagList.MatchString(list) && slices.Contains(entityTag.FindAllString(list, -1), tag)
-}
-
-func writeUser(w http.ResponseWriter, status int, u *user) error {
-	w.Header().Set("ETag", u.etag())
-	return writeBody(w, status, "application/json", append(u.appendJSON(nil), '\n'))
-}
-
-// appendJSON appends the user as JSON: the same bytes in every response.
-func (u *user) appendJSON(b []byte) []byte {
-	b = append(append(b, `{"id":"`...), u.ID.String()...)
-	b = appendString(append(b, `","name":`...), u.Name)
-	b = appendString(append(b, `,"email":`...), u.Email)
-	b = strconv.AppendInt(append(b, `,"age":`...), int64(u.Age), 10)
-	b = appendTime(append(b, `,"created_at":`...), u.CreatedAt)
-	b = appendTime(append(b, `,"updated_at":`...), u.UpdatedAt)
-	return append(b, '}')
 }
 
 // appendTime appends milliseconds since 1970 as RFC 3339 text. The time package is
