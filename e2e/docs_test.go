@@ -1,0 +1,199 @@
+package e2e
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/url"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestReadme follows the README: it starts the service by the first command and types every line after a "$ " of the sh
+// blocks. The output must be the README's, apart from ids, times, durations and tokens.
+func TestReadme(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1)
+	cmd := exec.Command("sh", "-c", "exec "+strings.TrimPrefix(blocks[0][1], "$ "))
+	cmd.Dir = ".."
+	s := startCommand(t, cmd)
+	s.awaitHealthy(t, 15*time.Second)
+	promised, script := "", ""
+	for _, block := range blocks[2:] {
+		promised += block[1]
+		for line := range strings.Lines(block[1]) {
+			if command, isCommand := strings.CutPrefix(line, "$ "); isCommand {
+				command = strings.ReplaceAll(command, "localhost:8000", strings.TrimPrefix(s.url, "http://"))
+				script += "printf %s '" + strings.ReplaceAll(line, "'", `'\''`) + "'\n" + command
+			}
+		}
+	}
+	printed, err := exec.Command("bash", "-c", script).Output()
+	got, want := mask(strings.ReplaceAll(string(printed), "\r", "")), mask(promised)
+	check(t, got == want, "%v; the tour printed\n%s\nthe README has\n%s\nIf the output is right, paste it there.", err, got, want)
+	s.wantExit(t, 0, 30*time.Second)
+}
+
+// mask hides everything that differs from run to run.
+func mask(text string) string {
+	return regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z|(Date|ETag|Etag|X-Request-Id): .*|`+
+		`"(request_id|cassandra_version|keyspace)":"[^"]*"|"(duration|latency_ms)":[0-9.e-]+|page_state=[\w.-]+`).ReplaceAllString(text, "…")
+}
+
+type object = map[string]any
+
+// at returns the part of a JSON document at a path, or a zero value.
+func at[T any](node any, path ...string) T {
+	for _, name := range path {
+		members, _ := node.(object)
+		node = members[name]
+	}
+	value, _ := node.(T)
+	return value
+}
+
+// resolve replaces references by their targets.
+func resolve(root, node any) any {
+	switch node := node.(type) {
+	case object:
+		if ref, ok := node["$ref"].(string); ok {
+			return resolve(root, at[any](root, strings.Split(ref, "/")[1:]...))
+		}
+		for name, value := range node {
+			node[name] = resolve(root, value)
+		}
+	case []any:
+		for i, value := range node {
+			node[i] = resolve(root, value)
+		}
+	}
+	return node
+}
+
+// examples returns an example of each media type; "" stands for no content.
+func examples(content object) map[string]string {
+	found := map[string]string{}
+	for mediaType, c := range content {
+		example := at[any](c, "example")
+		for _, e := range at[object](c, "examples") {
+			example = at[any](e, "value")
+		}
+		text, _ := json.Marshal(example)
+		found[mediaType] = string(text)
+	}
+	if len(found) == 0 {
+		found[""] = ""
+	}
+	return found
+}
+
+func TestOpenAPI(t *testing.T) {
+	t.Parallel()
+	s := startHealthy(t)
+	root, operations := decode[any](t, s.do("GET /openapi.json", ""), 200), object{} // by pattern, such as "GET /users/{id}"
+	for path, item := range at[object](resolve(root, root), "paths") {
+		for method, operation := range at[object](item) {
+			if method != "parameters" {
+				operations[strings.ToUpper(method)+" "+path] = operation
+			}
+		}
+	}
+	endpoints := decode[struct{ Endpoints []string }](t, s.do("GET /", ""), 200).Endpoints
+	slices.Sort(endpoints)
+	documented := slices.Sorted(maps.Keys(operations))
+	check(t, slices.Equal(documented, endpoints), "openapi.json has %q, GET / lists %q", documented, endpoints)
+	for pattern, o := range operations {
+		if pattern == "POST /shutdown" || strings.HasSuffix(pattern, "_query") && !*long {
+			continue
+		}
+		status := slices.Min(slices.Collect(maps.Keys(at[object](o, "responses"))))
+		for contentType, body := range examples(at[object](o, "requestBody", "content")) {
+			for accept, example := range examples(at[object](o, "responses", status, "content")) {
+				r := s.tryExample(t, pattern, o, body, "Accept: "+accept, "Content-Type: "+contentType)
+				check(t, fmt.Sprint(r.status) == status && strings.HasPrefix(r.header.Get("Content-Type"), accept), "%s; want %s %s", r, status, accept)
+				for name, header := range at[object](o, "responses", status, "headers") {
+					check(t, at[any](header, "required") != true || r.header.Get(name) != "", "%s; want the header %s", r, name)
+				}
+				got, want := memberNames(r.body), memberNames(example)
+				check(t, want == nil || got == nil || slices.Equal(got, want), "the response has the members %q, its example %q", got, want)
+			}
+		}
+	}
+	s.wantSchemas(t, operations)
+}
+
+// tryExample sends the examples of all parameters and of the body. Only page_state has none.
+func (s *service) tryExample(t *testing.T, pattern string, operation any, body string, headers ...string) response {
+	query := url.Values{}
+	for _, p := range at[[]any](operation, "parameters") {
+		if name, example := fmt.Sprint(at[any](p, "name")), at[any](p, "example"); at[any](p, "in") == "query" && example != nil {
+			query.Set(name, fmt.Sprint(example))
+		} else if at[any](p, "in") == "header" && !strings.HasPrefix(name, "If-") {
+			headers = append(headers, fmt.Sprintf("%s: %v", name, example))
+		}
+	}
+	pattern = strings.Replace(pattern, "/users/{id}", s.createUser(t), 1)
+	return s.do(pattern+"?"+query.Encode(), body, headers...)
+}
+
+// memberNames returns those of a JSON object, or of the first object in an array; nil for anything else.
+func memberNames(text string) []string {
+	var object object
+	json.NewDecoder(strings.NewReader(strings.TrimPrefix(text, "["))).Decode(&object)
+	return slices.Sorted(maps.Keys(object))
+}
+
+// addMembers adds the names of a schema's properties and of the required ones.
+func addMembers(schema any, properties, required object) {
+	maps.Copy(properties, at[object](schema, "properties"))
+	for _, name := range at[[]any](schema, "required") {
+		required[name.(string)] = true
+	}
+	for _, part := range at[[]any](schema, "allOf") {
+		addMembers(part, properties, required)
+	}
+}
+
+// wantSchemas compares the schemas of a user with a real one, and with the members that the service requires.
+func (s *service) wantSchemas(t *testing.T, operations object) {
+	actual, properties, required := memberNames(s.do("GET "+s.createUser(t), "").body), object{}, object{}
+	addMembers(at[any](operations, "GET /users/{id}", "responses", "200", "content", "application/json", "schema"), properties, required)
+	p, r := slices.Sorted(maps.Keys(properties)), slices.Sorted(maps.Keys(required))
+	check(t, slices.Equal(p, actual) && slices.Equal(r, actual), "schema of a user: properties %q, required %q, a user has %q", p, r, actual)
+	for _, pattern := range []string{"POST /users", "PUT /users/{id}"} {
+		required := object{}
+		addMembers(at[any](operations, pattern, "requestBody", "content", "application/json", "schema"), properties, required)
+		r := s.do(strings.Replace(pattern, "/users/{id}", missingUser, 1), "{}")
+		for name := range properties {
+			isRequired := strings.Contains(r.body, fmt.Sprintf(`"/%s","detail":"is missing;`, name))
+			check(t, isRequired == (required[name] != nil), "%s: openapi.json requires %v, the service %s", pattern, required, r)
+		}
+	}
+}
+
+func TestDocsPageLoadsNothingFromElsewhere(t *testing.T) {
+	t.Parallel()
+	s := start(t, useCrowd(t), "ALLOWED_HOSTS=users.example.com")
+	want(t, s.do("GET /docs", ""), 421, "Host not allowed; see ALLOWED_HOSTS")
+	r := s.do("GET /docs", "", "Host: users.example.com:80")
+	policy := r.header.Get("Content-Security-Policy")
+	for _, element := range regexp.MustCompile(`(?s)<(?:style|script)\b[^>]*>(.*?)</(style|script)>`).FindAllStringSubmatch(r.body, -1) {
+		sum := sha256.Sum256([]byte(element[1]))
+		source := fmt.Sprintf("%s-src 'sha256-%s'", element[2], base64.StdEncoding.EncodeToString(sum[:]))
+		check(t, strings.Contains(policy, source), "the policy %q lacks %s", policy, source)
+	}
+	elsewhere := regexp.MustCompile(`https?://|\ssrc=|@import|\burl\(|<[^>]+\son[a-z]+=|<[^>]+\sstyle=`).FindAllString(r.body, -1)
+	strict := strings.HasPrefix(policy, "default-src 'none';") && !strings.Contains(policy, "unsafe")
+	check(t, strict && elsewhere == nil, "policy = %q; the page has %q", policy, elsewhere)
+}

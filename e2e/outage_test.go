@@ -1,0 +1,360 @@
+package e2e
+
+import (
+	"encoding/pem"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func TestTestsWithoutCassandra(t *testing.T) {
+	t.Parallel()
+	cmd, began := exec.Command(os.Args[0], "-test.run=^$"), time.Now()
+	cmd.Env = append(os.Environ(), cassandraAt(closedAddress())...)
+	out, err := cmd.CombinedOutput()
+	named := strings.Contains(string(out), "go run ./cassandra go test ./...")
+	check(t, err != nil && named && time.Since(began) < 15*time.Second, "%v after %s: %s", err, time.Since(began), out)
+}
+
+func TestStartWithoutCassandra(t *testing.T) {
+	t.Parallel()
+	addr, began := closedAddress(), time.Now()
+	s := start(t, cassandraAt(addr)...)
+	check(t, time.Since(began) < 3*time.Second, "listening after %s, want within a second", time.Since(began))
+	want(t, s.do("GET /", ""), 200)
+	for range 5 {
+		s.doEverything(func(r response) { want(t, r, 503, notAvailable) })
+	}
+	want(t, s.do("GET /health", ""), 503, `"status":"unhealthy"`, `"cassandra":"disconnected"`, `"cassandra_connected":false`)
+	await(t, 8*time.Second, "retrying", func() bool { return s.metrics(t).Connections.Failed > 4 })
+	n, lines := strings.Count(s.log(), `msg="cannot connect to Cassandra; retrying"`), strings.Count(s.log(), "\n")
+	check(t, n == 1 && lines <= 4, "%d lines of the outage, want one per 10 s and none per request:\n%s", n, s.log())
+	startProxy(t, addr, 0)
+	s.awaitHealthy(t, 15*time.Second)
+	r := s.do("GET /users", "")
+	check(t, want(t, r, 200) && r.body == "[]\n", "%s; want no users", r)
+}
+
+var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
+
+// doEverything sends one request to each endpoint that needs Cassandra, all of them concurrently.
+func (s *service) doEverything(check func(response), headers ...string) {
+	requests := []string{
+		"GET /users", "GET /users/stream", "GET /users/stream?age_filter=30", "GET /users/stream/pages", "GET " + missingUser,
+		"POST /users " + ada, "POST /users/batch " + batchOf(2, ada), "PUT " + missingUser + " " + ada, "PATCH " + missingUser + " " + ada,
+		"DELETE " + missingUser, "GET /performance/async", "GET /performance/sync", "GET /context_manager_safety/status",
+	}
+	for _, name := range selfTests {
+		requests = append(requests, "POST /context_manager_safety/"+name)
+	}
+	concurrently(len(requests), func(i int) {
+		parts := append(strings.SplitN(requests[i], " ", 3), "")
+		check(s.do(parts[0]+" "+parts[1], parts[2], headers...))
+	})
+}
+
+func TestDroppedTableIsCreatedAgain(t *testing.T) {
+	t.Parallel()
+	s := startHealthy(t)
+	for _, drop := range []string{"DROP TABLE " + s.keyspace + ".users", "DROP KEYSPACE " + s.keyspace} {
+		if err := admin.Query(drop).Exec(); err != nil {
+			t.Fatal(err)
+		}
+		await(t, 15*time.Second, "writing again", func() bool { return s.do("POST /users", ada).status == 201 })
+		s.awaitHealthy(t, 15*time.Second)
+	}
+}
+
+func TestSettingsOfACluster(t *testing.T) {
+	t.Parallel()
+	for setting, healthy := range map[string]bool{
+		"CASSANDRA_DATACENTER=datacenter1": true, "CASSANDRA_DATACENTER=nowhere": false, "CASSANDRA_REPLICATION=datacenter1:1": true,
+		"CASSANDRA_REPLICATION=3": false, "CASSANDRA_REPLICATION=nowhere:1": false, "CASSANDRA_CONSISTENCY=ALL": true,
+	} {
+		t.Run(setting, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, setting)
+			if healthy {
+				s.awaitHealthy(t, 30*time.Second)
+				s.createUser(t)
+				return
+			}
+			reason := regexp.MustCompile(`level=(WARN|ERROR) .*(filtered|nowhere|LOCAL_QUORUM)`)
+			await(t, 20*time.Second, "logging a reason", func() bool {
+				return want(t, s.do("GET /health", ""), 503) && reason.MatchString(s.log())
+			})
+			want(t, s.do("POST /users", ada), 503)
+		})
+	}
+	cmd := exec.Command(buildService())
+	cmd.Env = append(os.Environ(), "CASSANDRA_CONSISTENCY=ONE")
+	out, _ := cmd.CombinedOutput()
+	named := strings.HasPrefix(string(out), `cassandra-service-go: CASSANDRA_CONSISTENCY is "ONE", it must be `)
+	check(t, named && cmd.ProcessState.ExitCode() == 1, "%s; output %s", cmd.ProcessState, out)
+}
+
+func TestTLSIsVerified(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewTLSServer(nil) // its certificate is for 127.0.0.1 and its own CA
+	defer server.Close()
+	ca := filepath.Join(t.TempDir(), "ca.pem")
+	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600)
+	at := append(cassandraAt(startProxy(t, anyPort, 0, server.TLS.Certificates...).addr), "CASSANDRA_TLS_CA="+ca)
+	startHealthy(t, at...)
+	start(t, append(at, "CASSANDRA_HOSTS=localhost")...).awaitRefusal(t, "certificate is valid for example.com, *.example.com, not localhost")
+}
+
+// awaitRefusal waits until the log says why the service cannot connect.
+func (s *service) awaitRefusal(t testing.TB, reason string) {
+	line := regexp.MustCompile(`level=WARN msg="cannot connect to Cassandra; retrying" hosts=.* error=".*` + regexp.QuoteMeta(reason))
+	await(t, 30*time.Second, "logging "+reason, func() bool { return line.MatchString(s.log()) })
+	want(t, s.do("GET /health", ""), 503)
+	want(t, s.do("GET /users", ""), 503)
+}
+
+func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
+	s, proxy := startBehindProxy(t)
+	before := s.metrics(t)
+	proxy.credit.Store(0)
+	wantWithin := func(r response, status int, least, most time.Duration) {
+		check(t, want(t, r, status) && r.took >= least && r.took <= most, "%s; want it after %s to %s", r, least, most)
+	}
+	var others sync.WaitGroup
+	others.Go(func() { s.do("DELETE "+missingUser, "", "X-Request-Timeout: 5") }) // prepares a statement that others need, too
+	others.Go(func() { wantWithin(s.do("GET /health", ""), 503, 0, 6*time.Second) })
+	s.awaitInFlight(t, 2)
+	s.doEverything(func(r response) {
+		wantWithin(r, 504, 500*time.Millisecond, 1500*time.Millisecond)
+		want(t, r, 504, `"detail":"timeout`)
+	}, "X-Request-Timeout: 0.5")
+	wantWithin(s.do("GET /health", "", "X-Request-Timeout: 0.1"), 503, 0, 300*time.Millisecond)
+	wantWithin(s.do("GET /", ""), 200, 0, 300*time.Millisecond)
+	wantWithin(s.do("GET /metrics", ""), 200, 0, 300*time.Millisecond)
+	others.Wait()
+	proxy.credit.Store(math.MaxInt64)
+	t.Parallel() // the rest waits until the service closes the old session
+	s.awaitHealthy(t, 15*time.Second)
+	s.awaitQuiet(t, before)
+}
+
+// outage fails a service's only Cassandra and checks how quickly the service notices that, and the end of it.
+func outage(t *testing.T, s *service, fail, mend func()) {
+	fail()
+	await(t, 9*time.Second, "unhealthy", func() bool { return s.do("GET /health", "").status == 503 })
+	mend()
+	began := time.Now()
+	s.awaitHealthy(t, 15*time.Second)
+	t.Logf("healthy %s after Cassandra's first response", time.Since(began).Round(time.Millisecond))
+}
+
+func TestFrozenConnectionsAreReplaced(t *testing.T) {
+	t.Parallel()
+	s, proxy := startBehindProxy(t)
+	outage(t, s, proxy.freeze, func() {}) // the driver alone closes such connections after 96 s
+	m := s.metrics(t)
+	check(t, m.Cassandra.Session == 2 && m.Cassandra.Connected, "cassandra = %+v, want the second session", m.Cassandra)
+}
+
+const absent = -1 // the age of a user that does not exist
+
+// load is a steady load. Each client creates, changes and deletes users of its own, one after another, and records which
+// states the responses allow.
+type load struct {
+	t       testing.TB
+	s       *service
+	stopped atomic.Bool
+	clients sync.WaitGroup
+	failed  atomic.Int64 // when a request failed last, in nanoseconds
+	ages    sync.Map     // by name: the ages that a user may have
+}
+
+func startLoad(t testing.TB, s *service, clients int) *load {
+	l := &load{t: t, s: s}
+	for n := range clients {
+		l.clients.Go(func() {
+			for i := 0; !l.stopped.Load(); i++ {
+				l.userLifecycle(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
+				time.Sleep(20 * time.Millisecond)
+			}
+		})
+	}
+	return l
+}
+
+// userLifecycle creates a user, and then deletes or changes it.
+func (l *load) userLifecycle(name string, deletes bool) {
+	ages := []int{absent}
+	change := func(request string, age, status int) (path string, ok bool) {
+		r := l.s.do(request, fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age))
+		switch r.status {
+		case status:
+			ages = []int{age}
+		case 503: // not done
+		case 504: // perhaps done
+			ages = append(ages, age)
+		default:
+			l.t.Errorf("%s; want %d", r, status)
+		}
+		if r.status >= 500 {
+			l.failed.Store(time.Now().UnixNano())
+		}
+		return r.header.Get("Location"), r.status == status
+	}
+	if path, ok := change("POST /users", 1, 201); ok && deletes {
+		change("DELETE "+path, absent, 204)
+	} else if ok {
+		change("PUT "+path, 2, 200)
+	}
+	l.ages.Store(name, ages)
+}
+
+func (l *load) created() int64 { return l.s.metrics(l.t).ByRoute["POST /users"]["201"] }
+
+// check ends the load and compares every user with the states that its responses allow.
+func (l *load) check() {
+	l.stopped.Store(true)
+	l.clients.Wait()
+	stored, checked := map[string]int{}, 0
+	for _, u := range decode[[]user](l.t, l.s.do("GET /users/stream", "", "X-Request-Timeout: 60"), 200) {
+		stored[u.Name] = u.Age
+	}
+	for name, ages := range l.ages.Range {
+		age, exists := stored[name.(string)]
+		if !exists {
+			age = absent
+		}
+		checked++
+		check(l.t, slices.Contains(ages.([]int), age), "%s has age %d, want one of %v (%d: absent)", name, age, ages, absent)
+	}
+	l.t.Logf("%d of %d users exist; requests: %v", len(stored), checked, l.s.metrics(l.t).ByRoute)
+}
+
+func TestCutConnectionsLoseNothing(t *testing.T) {
+	s, proxy := startBehindProxy(t)
+	l := startLoad(t, s, 8)
+	l.clients.Go(func() { // a cut proves nothing about the session
+		for i := 0; !l.stopped.Load(); i++ {
+			r := s.do("POST /context_manager_safety/"+selfTests[i%len(selfTests)], "")
+			check(t, r.status == 503 || r.status == 504 || r.status == 200 && !strings.Contains(r.body, ":false"), "%s", r)
+		}
+	})
+	for range 12 {
+		before := l.created()
+		proxy.cut()
+		await(t, 15*time.Second, "writing after a cut", func() bool { return l.created() > before+20 })
+	}
+	l.check()
+}
+
+func TestCredentialsAreChecked(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-auth")
+	at := append(cassandraAt(n.addr), "CASSANDRA_USERNAME=cassandra", "CASSANDRA_PASSWORD=cassandra")
+	startHealthy(t, at...)
+	start(t, append(at, "CASSANDRA_USERNAME=", "CASSANDRA_PASSWORD=")...).awaitRefusal(t, "authentication required")
+	s := start(t, append(at, "CASSANDRA_PASSWORD=s3cret-typo")...)
+	s.awaitRefusal(t, "Provided username cassandra and/or password are incorrect")
+	check(t, !strings.Contains(s.log(), "s3cret-typo"), "the log has the password")
+}
+
+// The only node is killed and stopped under load, and announces its address or one that is reserved for documentation.
+func TestOnlyNodeFails(t *testing.T) {
+	needsLong(t)
+	for _, flags := range [][]string{{"-restart", "2s"}, {"-restart", "2s", "-rpc-address", "203.0.113.7"}} {
+		n := startNode(t, flags...)
+		s := startHealthy(t, cassandraAt(n.addr)...)
+		l := startLoad(t, s, 32)
+		kill := func() { n.signal(t, "KILL", 1) }
+		mend := func() { n.awaitResponse(t, "127.0.0.1") }
+		for range 3 {
+			outage(t, s, kill, mend)
+			back := time.Now()
+			time.Sleep(12 * time.Second) // of load: a session that responds once can still die
+			late := time.Unix(0, l.failed.Load()).Sub(back)
+			check(t, late < 5*time.Second, "a request failed %s after Cassandra's first response", late)
+		}
+		outage(t, s, func() { n.signal(t, "STOP", 1) }, func() {
+			time.Sleep(20 * time.Second)
+			n.signal(t, "CONT", 1)
+		})
+		kill()
+		second := start(t, cassandraAt(n.addr)...) // during the outage
+		second.awaitRefusal(t, "unable to connect to initial hosts")
+		mend()
+		s.awaitHealthy(t, 15*time.Second)
+		second.awaitHealthy(t, 15*time.Second)
+		l.check()
+	}
+}
+
+func TestThreeNodes(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-nodes", "3", "-restart", "10s")
+	n.awaitResponse(t, "127.0.0.3") // the last one
+	settings := append(cassandraAt(n.addr), "CASSANDRA_REPLICATION=3")
+	s := startHealthy(t, settings...)
+	l := startLoad(t, s, 4)
+	time.Sleep(5 * time.Second) // of load
+	n.signal(t, "KILL", 3)
+	killed := time.Now()
+	startHealthy(t, settings...) // the dead node cannot agree to its schema
+	n.awaitResponse(t, "127.0.0.3")
+	back := l.created()
+	await(t, 3*time.Minute, "creating 1000 users", func() bool { return l.created() > max(1000, back+200) })
+	l.check()
+	var total, failures int64
+	for _, byStatus := range s.metrics(t).ByRoute {
+		for status, count := range byStatus {
+			if total += count; status >= "500" {
+				failures += count
+			}
+		}
+	}
+	last := time.Unix(0, l.failed.Load()).Sub(killed)
+	check(t, failures*100 <= total && last < 30*time.Second, "%d of %d requests failed, the last %s after the death", failures, total, last)
+}
+
+// Batches are sent while their node is killed 20 times. In the end every batch exists completely or not at all.
+func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-restart", "1s")
+	s := startHealthy(t, cassandraAt(n.addr)...)
+	var statuses sync.Map // by the name of all users of a batch
+	for try := range 20 {
+		s.awaitHealthy(t, 3*time.Minute)
+		time.AfterFunc(500*time.Millisecond+rand.N(100*time.Millisecond), func() { n.signal(t, "KILL", 1) })
+		concurrently(4, func(sender int) {
+			for i, status := 0, 201; status == 201; i++ {
+				name := fmt.Sprintf("%d-%d-%d", try, sender, i)
+				status = s.do("POST /users/batch", batchOf(100, fmt.Sprintf(`{"name":%q,"email":"a@example.com","age":1}`, name))).status
+				statuses.Store(name, status)
+			}
+		})
+	}
+	s.awaitHealthy(t, 3*time.Minute)
+	db, left := n.awaitResponse(t, "127.0.0.1"), 1
+	await(t, 3*time.Minute, "replaying the batchlog", func() bool {
+		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
+	})
+	written, outcomes := map[string]int{}, map[string]int{}
+	for _, u := range decode[[]user](t, s.do("GET /users/stream", ""), 200) {
+		written[u.Name]++
+	}
+	for name, status := range statuses.Range {
+		n := written[name.(string)]
+		outcomes[fmt.Sprintf("%d with %d users", status, n)]++
+		check(t, n == 100 && status != 503 || n == 0 && status != 201, "batch %s, status %d: %d users", name, status, n)
+	}
+	t.Logf("outcomes: %v", outcomes)
+}
