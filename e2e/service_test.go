@@ -499,6 +499,17 @@ func (p *proxy) cut() {
 	p.credit.Store(math.MaxInt64)
 }
 
+// cutAfter closes all connections once about n more bytes have passed.
+func (p *proxy) cutAfter(n int64) {
+	p.credit.Store(n)
+	go func() {
+		for p.credit.Load() > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		p.cut()
+	}()
+}
+
 // freeze drops all bytes on the open connections; new ones work.
 func (p *proxy) freeze() {
 	for conn := range p.conns.Range {
