@@ -316,7 +316,7 @@ func TestThreeNodes(t *testing.T) {
 		failures += s.metrics(t).ByRoute[route]["503"] + s.metrics(t).ByRoute[route]["504"]
 	}
 	last := time.Unix(0, l.failed.Load()).Sub(killed)
-	check(t, failures*50 <= total && last < 30*time.Second, "%d requests failed beside %d users, the last %s after the death", failures, total, last)
+	check(t, failures*50 <= total && last < 30*time.Second, "%d failures and %d users, the last %s after the death", failures, total, last)
 }
 
 // Batches are sent while their node is killed 20 times. In the end every batch exists completely or not at all.

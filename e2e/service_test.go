@@ -343,8 +343,7 @@ func cassandraAddress() string {
 	return net.JoinHostPort(host, cmp.Or(os.Getenv("CASSANDRA_PORT"), "9042"))
 }
 
-// closedAddress is an address at which nothing listens.
-func closedAddress() string {
+func closedAddress() string { // where nothing listens
 	listener, _ := net.Listen("tcp", anyPort)
 	defer listener.Close()
 	return listener.Addr().String()
