@@ -49,7 +49,7 @@ func TestStartWithoutCassandra(t *testing.T) {
 var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
 
 // doEverything sends one request to each endpoint that needs Cassandra, all of them concurrently.
-func (s *service) doEverything(check func(response), headers ...string) {
+func (s *service) doEverything(verify func(response), headers ...string) {
 	requests := []string{
 		"GET /users", "GET /users/stream", "GET /users/stream?age_filter=30", "GET /users/stream/pages", "GET " + missingUser,
 		"POST /users " + ada, "POST /users/batch " + batchOf(2, ada), "PUT " + missingUser + " " + ada, "PATCH " + missingUser + " " + ada,
@@ -60,7 +60,7 @@ func (s *service) doEverything(check func(response), headers ...string) {
 	}
 	concurrently(len(requests), func(i int) {
 		parts := append(strings.SplitN(requests[i], " ", 3), "")
-		check(s.do(parts[0]+" "+parts[1], parts[2], headers...))
+		verify(s.do(parts[0]+" "+parts[1], parts[2], headers...))
 	})
 }
 
