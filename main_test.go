@@ -1235,9 +1235,13 @@ func TestEditsOfTwoInstances(t *testing.T) {
 		{insertUser, `DELETE FROM users WHERE id = ? IF EXISTS`, -1}, {`INSERT INTO users (id) VALUES (?)`, "", 1},
 		{`INSERT INTO users (id) VALUES (?)`, `DELETE FROM users WHERE id = ? IF EXISTS`, -1},
 	} {
-		ada := newAda()
+		ada, before := newAda(), int64(0)
+		ada.UpdatedAt += time.Hour.Milliseconds() // by a clock that is ahead
 		exec(t, tt.create, ada.columns()[:strings.Count(tt.create, "?")]...)
-		u, err := changeUser(t.Context(), ada.ID, nil, func(u *user) {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		u, err := changeUser(ctx, ada.ID, nil, func(u *user) {
+			before = u.UpdatedAt
 			if u.Age++; tt.between != "" {
 				exec(t, tt.between, gocql.UUID(u.ID))
 				tt.between = ""
@@ -1251,6 +1255,7 @@ func TestEditsOfTwoInstances(t *testing.T) {
 		}
 		wantEqual(t, "error", err, nil)
 		wantEqual(t, "age", u.Age, tt.age)
+		failIf(t, u.UpdatedAt <= before, "updated_at = %d, want it after %d", u.UpdatedAt, before)
 		wantBody(t, do(t, "GET "+path, ""), 200, string(u.appendJSON(nil))+"\n")
 	}
 }
