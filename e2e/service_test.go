@@ -343,8 +343,7 @@ func cassandraAddress() string {
 	return net.JoinHostPort(host, cmp.Or(os.Getenv("CASSANDRA_PORT"), "9042"))
 }
 
-// closedAddress is an address at which nothing listens.
-func closedAddress() string {
+func closedAddress() string { // where nothing listens
 	listener, _ := net.Listen("tcp", anyPort)
 	defer listener.Close()
 	return listener.Addr().String()
@@ -497,6 +496,17 @@ func (p *proxy) cut() {
 		p.conns.Delete(conn)
 	}
 	p.credit.Store(math.MaxInt64)
+}
+
+// cutAfter closes all connections once about n more bytes have passed.
+func (p *proxy) cutAfter(n int64) {
+	p.credit.Store(n)
+	go func() {
+		for p.credit.Load() > 0 {
+			time.Sleep(time.Millisecond)
+		}
+		p.cut()
+	}()
 }
 
 // freeze drops all bytes on the open connections; new ones work.
