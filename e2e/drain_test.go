@@ -81,11 +81,13 @@ func TestDrainDelayAndSecondSignal(t *testing.T) {
 func TestShutdownTimeoutAbortsStreams(t *testing.T) {
 	t.Parallel()
 	s := startHealthy(t, useCrowd(t), "SHUTDOWN_TIMEOUT=1s")
+	active := s.slowQuery(t)
 	conn := s.dial(t, rawGet("/users/stream?fetch_size=200"), 1000)
 	began := time.Now()
 	s.Process.Signal(syscall.SIGTERM)
 	s.wantExit(t, 0, 6*time.Second) // a write that its client does not read would last 30 s
 	check(t, time.Since(began) >= time.Second, "aborted after %s, want at least 1s", time.Since(began))
+	want(t, <-active, 503, "The service is shutting down")
 	rest, _ := io.ReadAll(conn)
 	if len(rest) == 0 || strings.HasSuffix(string(rest), "0\r\n\r\n") { // the end of a chunked body
 		t.Errorf("the stream looks complete: %d bytes, the last %q", len(rest), rest[max(0, len(rest)-20):])

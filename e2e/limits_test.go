@@ -43,6 +43,7 @@ func TestSlowAndHugeRequests(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			conn, began := s.dial(t, tt.request, 0), time.Now()
+			conn.SetDeadline(began.Add((3*tt.seconds + 1) * time.Second))
 			go func() {
 				for err := error(nil); err == nil; _, err = io.WriteString(conn, " ") {
 					time.Sleep(200 * time.Millisecond)

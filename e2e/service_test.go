@@ -95,7 +95,6 @@ var (
 	buildLauncher = sync.OnceValue(func() string { return build("launcher", "./cassandra") })
 )
 
-// service is a process of the built service.
 type service struct {
 	*exec.Cmd
 	url      string

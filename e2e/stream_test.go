@@ -194,11 +194,10 @@ func TestSlowNetwork(t *testing.T) {
 	}
 	users, responses := small.pages(t, "age_filter=30")
 	check(t, len(users) == 20 && responses == 1, "%d users in %d pages, want 20 in 1", len(users), responses)
-	users, responses = large.pages(t, "age_filter=99", "X-Request-Timeout: 1")
+	users, _ = large.pages(t, "age_filter=99", "X-Request-Timeout: 1")
 	wantSeeded(t, users, crowdSize, 99)
 	began := time.Now()
 	wantSeeded(t, large.stream(t, "fetch_size=400"), crowdSize, 0)
-	t.Logf("%d filtered pages within 1 s each; 25 plain ones after %s", responses, time.Since(began))
 	most := (25/3 + 4) * roundTrip
 	check(t, time.Since(began) < most*3/2, "a stream of 25 pages took %s, want at most %s", time.Since(began), most)
 }
