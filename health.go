@@ -138,11 +138,11 @@ func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	var node int64
 	start := time.Now()
 	err := s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(nil).Scan(&node)
+	ok := time.Since(counters.started)-time.Duration(counters.lastResponse.Load()) < pingTimeout
 	if err == nil {
 		recordSkew(time.UnixMilli(node).Sub(start.Add(time.Since(start) / 2)))
-		err = c.createMissing(ctx, s, selectTables, createTables)
+		ok = c.createMissing(ctx, s, selectTables, createTables) == nil
 	}
-	ok := err == nil || time.Since(counters.started)-time.Duration(counters.lastResponse.Load()) < pingTimeout
 	counters.connected.Store(ok)
 	return ok
 }
@@ -253,7 +253,8 @@ func prepare(ctx context.Context, s *gocql.Session) error {
 		}
 	}
 	_, err := s.Query(insertUser, gocql.UUID{}).WithContext(ctx).GetRoutingKey()
-	return err
+	_, scratchErr := s.Query(insertScratch, gocql.UUID{}).WithContext(ctx).GetRoutingKey()
+	return errors.Join(err, scratchErr)
 }
 
 // config returns the driver's settings for one session.
@@ -380,14 +381,11 @@ func (c *conn) send() {
 		runtime.Gosched() // lets requests that are about to be written join this one
 		c.mu.Lock()
 		requests := c.pending
-		c.pending = c.spare[:0]
-		c.mu.Unlock()
-		c.Conn.SetWriteDeadline(time.Now().Add(queryTimeout))
-		_, err := c.Conn.Write(requests)
-		c.mu.Lock()
-		c.spare = requests
+		c.pending, c.spare = c.spare[:0], requests // not written to before the next swap
 		c.sent.Broadcast()
 		c.mu.Unlock()
+		c.Conn.SetWriteDeadline(time.Now().Add(pingTimeout))
+		_, err := c.Conn.Write(requests)
 		if err != nil {
 			c.Close()
 		}
@@ -623,7 +621,7 @@ func getHealth(w http.ResponseWriter, r *http.Request) error {
 		_, err = readUser(ctx, uuid.Nil, false)
 	}
 	status, health, cassandra := http.StatusOK, "healthy", "connected"
-	if !errors.Is(err, errNoUser) { // nobody has the nil UUID
+	if err != nil && !errors.Is(err, errNoUser) { // nobody has the nil UUID
 		status, health, cassandra = http.StatusServiceUnavailable, "unhealthy", "disconnected"
 	}
 	if shutdown.draining.Load() {

@@ -83,8 +83,9 @@ var shutdown = struct {
 
 func main() {
 	signal.Ignore(syscall.SIGPIPE) // a dead reader of the log must not end the process
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	context.AfterFunc(ctx, stop) // a second signal has its default effect
+	ctx, cancel := context.WithCancel(context.Background())
+	signalled, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	context.AfterFunc(signalled, func() { stop(); cancel() }) // in this order, so a second signal has its default effect
 	if err := run(ctx, os.Getenv, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "cassandra-service-go:", err)
 		os.Exit(1)

@@ -189,7 +189,7 @@ func jsonMetrics() map[string]any {
 			"open": dialer.open.Load(), "opened": dialer.opened.Load(), "failed": dialer.failed.Load(),
 		},
 		"cassandra": map[string]any{
-			"connected": counters.connected.Load(), "session": observeSession().number, "hosts": 0, "hosts_silent": 0,
+			"connected": counters.connected.Load(), "session": observeSession().number,
 			"clock_skew_ms": milliseconds(time.Duration(counters.skew.Load())),
 		},
 		"streams_active": len(streams),
@@ -259,8 +259,6 @@ func prometheusMetrics() []byte {
 	value("cassandra_connections_failed_total", "counter", "Connections that failed to open.", connections.failed.Load())
 	value("cassandra_connected", "gauge", "1 if Cassandra responded to the last ping, else 0.", connected)
 	value("cassandra_session", "gauge", "Number of the current session.", observeSession().number)
-	value("cassandra_hosts", "gauge", "Known Cassandra nodes.", 0)
-	value("cassandra_hosts_silent", "gauge", "Cassandra nodes that do not respond.", 0)
 	value("cassandra_clock_skew_seconds", "gauge", "The node's clock minus the service's.", skew.Seconds())
 	value("http_requests_in_flight", "gauge", "Active HTTP requests.", counters.inFlight.Load())
 	value("streams_active", "gauge", "Streams and pages that are being sent.", len(streams))

@@ -30,7 +30,7 @@ const (
 const (
 	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch
 		(run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
-	selectIDs         = `SELECT id FROM users`
+	selectIDs         = `SELECT id FROM users LIMIT 1000`
 	insertScratch     = `INSERT INTO scratch (run, n, name, age) VALUES (?, ?, ?, ?)`
 	selectScratch     = `SELECT name, age FROM scratch WHERE run = ?`
 	selectOfAge       = `SELECT name, age FROM scratch WHERE run = ? AND age = ? ALLOW FILTERING`
@@ -94,7 +94,7 @@ func measure(mode string) handler {
 // someIDs returns the ids of the first users of the table, or a random one if it is empty.
 func someIDs(ctx context.Context) (ids []uuid.UUID, err error) {
 	var id gocql.UUID
-	rows := currentSession().Query(selectIDs).WithContext(ctx).PageSize(maxRequests).PageState(nil).Iter()
+	rows := currentSession().Query(selectIDs).WithContext(ctx).RoutingKey([]byte(selectIDs)).Iter()
 	for rows.Scan(&id) {
 		ids = append(ids, uuid.UUID(id))
 	}
@@ -133,7 +133,8 @@ func slowQuery(d time.Duration, message string) handler {
 
 // readValue returns the one text value that a statement selects.
 func readValue(ctx context.Context, statement string) (value string, err error) {
-	err = currentSession().Query(statement).WithContext(ctx).Consistency(gocql.One).Scan(&value)
+	query := currentSession().Query(statement).WithContext(ctx).RoutingKey([]byte(statement)) // see scan.read
+	err = query.Consistency(gocql.One).Scan(&value)
 	return value, queryErrorf(read, err, "running %s", statement)
 }
 
@@ -404,7 +405,8 @@ func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 // stream reads all rows of a statement page by page, and calls afterPage, if it
 // is not nil, after each page that has a successor.
 func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) ([]scratchRow, error) {
-	it := t.db.Query(statement, values...).WithContext(ctx).PageSize(scratchPage).Prefetch(0).Iter()
+	query := t.db.Query(statement, values...).WithContext(ctx).RoutingKey(t.run[:])
+	it := query.PageSize(scratchPage).Prefetch(0).Iter()
 	t.open.Add(1)
 	defer t.open.Add(-1)
 	var rows []scratchRow

@@ -1,7 +1,6 @@
 // This file sends result sets of any size in bounded memory: as one JSON array,
-// as NDJSON, or page by page. It shows a scan in token order that can resume
-// behind any row, slices read concurrently and returned in order, back-pressure,
-// cancellation, and why a failed stream aborts its connection.
+// as NDJSON, or page by page. It shows a scan that can resume anywhere, concurrent
+// reads in order, cancellation, and why a failed stream aborts its connection.
 
 package main
 
@@ -36,7 +35,7 @@ const (
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
 	minCount      = 100     // rows from which the density of a table is estimated
 	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
-	narrowing     = 16      // divides a slice for which Cassandra ran out of time
+	narrowing     = 4       // bits by which a slice is narrowed for which Cassandra ran out of time
 	maxNarrowings = 3       // of one slice; after that the failure is returned
 	pageTime      = 2 * time.Second
 	ndjson        = "application/x-ndjson"
@@ -142,8 +141,7 @@ type page struct {
 	rows int
 }
 
-// array returns the rows separated by commas, in the memory of the page. JSON text
-// has no other newlines.
+// array returns the rows separated by commas. JSON text has no other newlines.
 func (p page) array() []byte {
 	for line := range bytes.Lines(p.json) {
 		line[len(line)-1] = ','
@@ -163,6 +161,7 @@ type scan struct {
 	from     int64  // the token up to which all rows have been returned
 	end      int64  // the last token of the scan
 	width    uint64 // tokens of a slice; 0 until it is known
+	narrow   int    // bits by which slices are narrower for now
 	rowBytes int    // mean size of a row's JSON; 0 until it is known
 }
 
@@ -180,9 +179,8 @@ type fetched struct {
 	slice *scan
 }
 
-// pages yields the rest of the scan page by page, without empty pages. As soon as it
-// knows how wide a slice may be, it reads several slices concurrently, and returns
-// their pages in order. Its goroutines have ended when it returns.
+// pages yields the rest of the scan in order, without empty pages. It reads several
+// slices concurrently as soon as it knows how wide they may be.
 func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	return func(yield func(page, error) bool) {
 		var reading sync.WaitGroup
@@ -201,7 +199,8 @@ func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 				beyond := bytes.SplitAfterN(f.json, []byte("\n"), s.left+1)[s.left]
 				f.page = page{bytes.TrimSuffix(f.json, beyond), s.left}
 			}
-			s.from, s.left, s.width, s.rowBytes = f.slice.from, s.left-f.rows, f.slice.width, f.slice.rowBytes
+			s.from, s.left, s.rowBytes = f.slice.from, s.left-f.rows, f.slice.rowBytes
+			s.width, s.narrow = f.slice.width, f.slice.narrow
 			if (f.rows > 0 || f.err != nil) && !yield(f.page, f.err) || f.err != nil || !s.more() {
 				return
 			}
@@ -245,23 +244,24 @@ func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 }
 
 // next reads a page of about size rows, perhaps none, and moves the scan behind
-// it. If Cassandra runs out of time, it tries a narrower slice. A scan with a
-// filter begins by counting rows without it, since Cassandra has to examine them.
+// it. If Cassandra runs out of time, it tries a narrower slice, and widens later
+// ones again. A scan with a filter begins by counting rows without it, since Cassandra has to examine them.
 func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
 		all := *s
 		all.minAge, all.left = 0, unlimited
 		if p, err = all.next(ctx, defaultFetch); err == nil {
 			all.setWidth(s.from, p.rows, filterRows)
-			s.width, s.rowBytes = all.width, all.rowBytes
+			s.width, s.narrow, s.rowBytes = all.width, all.narrow, all.rowBytes
 		}
 		return page{}, err
 	}
 	for range maxNarrowings + 1 {
 		if p, err = s.read(ctx, s.pageSize(size)); !isTooWide(err) {
+			s.narrow = max(0, s.narrow-1)
 			break
 		}
-		s.width = max(1, (uint64(s.bound())-uint64(s.from))/narrowing)
+		s.narrow += narrowing
 	}
 	return p, queryErrorf(read, err, "scanning %s", s.name)
 }
@@ -308,10 +308,11 @@ func (s *scan) pageSize(size int) int {
 
 // bound returns the last token of a slice that begins where the scan is.
 func (s *scan) bound() int64 {
-	if s.width == 0 || s.width >= uint64(s.end)-uint64(s.from) {
+	width := max(1, cmp.Or(s.width, math.MaxUint64)>>s.narrow)
+	if width >= uint64(s.end)-uint64(s.from) {
 		return s.end
 	}
-	return s.from + int64(s.width)
+	return s.from + int64(width)
 }
 
 // setWidth makes slices so wide that they have the wanted number of rows, judging
@@ -323,9 +324,8 @@ func (s *scan) setWidth(from int64, rows, wanted int) {
 	}
 }
 
-// token returns the position of the scan as URL-safe text. It contains no secret
-// and needs no key, so every instance accepts it. The checksum covers the names of
-// keyspace and table, too.
+// token returns the position of the scan as URL-safe text, which every instance
+// accepts. The checksum covers the names of keyspace and table, too.
 func (s *scan) token(kind string) string {
 	position := fmt.Sprintf("%s.%d.%d.%d.%d", kind, s.minAge, s.left, s.from, s.width)
 	sum := crc32.ChecksumIEEE([]byte(position + "." + global.cluster.keyspace + "." + s.name))

@@ -11,7 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
+	"hash/maphash"
 	"iter"
 	"math"
 	"math/rand/v2"
@@ -31,22 +31,20 @@ import (
 )
 
 const (
-	maxName       = 100         // characters
-	maxEmail      = 254         // bytes, the longest address that SMTP carries
-	maxAge        = 150         // years
-	maxBatch      = 100         // users
-	maxBatchBytes = 44_000      // of response JSON; Cassandra counts about as much and rejects batches above 50 KiB
-	defaultList   = 10          // users in a response of GET /users
-	maxList       = 100         // users
-	maxMemberName = 100         // bytes; longer names are not echoed
-	maxEditPause  = time.Second // between two attempts of an edit
+	maxName       = 100    // characters
+	maxEmail      = 254    // bytes, the longest address that SMTP carries
+	maxAge        = 150    // years
+	maxBatch      = 100    // users
+	maxBatchBytes = 44_000 // of response JSON; Cassandra counts about as much and rejects batches above 50 KiB
+	defaultList   = 10     // users in a response of GET /users
+	maxList       = 100    // users
+	maxMemberName = 100    // bytes; longer names are not echoed
 )
 
-// insertAge is how far in the past an INSERT is stamped. A later transaction
-// carries a ballot from a node's clock. If that lay before the INSERT's
-// timestamp, the change would be reported as applied and silently lost. So
-// clocks may differ by up to insertAge. The id is new, so no older write can
-// shadow the row, and repeating an INSERT with its own timestamp is harmless.
+// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ.
+// A later transaction carries a ballot from a node's clock. If that lay before the
+// INSERT's timestamp, the change would be reported as applied and silently lost. The
+// id is new, so no older write shadows the row, and repeating the INSERT is harmless.
 const insertAge = 24 * time.Hour
 
 const (
@@ -88,9 +86,8 @@ type user struct {
 	Age         int
 }
 
-// columns returns pointers to the fields in the order of userColumns. Scan fills
-// them, and an INSERT binds them, since the driver binds what a pointer points
-// to. From the third on they are the columns that updateUser sets.
+// columns returns pointers to the fields in the order of userColumns. Scan fills them,
+// an INSERT binds what they point to, and updateUser sets the third and later ones.
 func (u *user) columns() []any {
 	return []any{(*gocql.UUID)(&u.ID), &u.CreatedAt, &u.UpdatedAt, &u.Name, &u.Email, &u.Age}
 }
@@ -162,7 +159,12 @@ func postBatch(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var elements []json.RawMessage
-	if json.Unmarshal(body, &elements) != nil || len(elements) == 0 || len(elements) > maxBatch {
+	for _, element := range members(body) {
+		if elements = append(elements, element); len(elements) > maxBatch {
+			break
+		}
+	}
+	if body[0] != '[' || len(elements) == 0 || len(elements) > maxBatch {
 		return invalid(append(errs, inBody("", fmt.Sprintf("must be an array of 1 to %d users", maxBatch)))...)
 	}
 	users := newUsers(len(elements))
@@ -262,9 +264,8 @@ func removeUser(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// createUsers writes new users, or the same users again, and marks a response that
-// repeats an earlier one. Of a logged batch all users are written or, eventually,
-// none, but for a moment a reader may see some of them.
+// createUsers writes new users, or the same users again. Of a logged batch all are
+// written or, eventually, none, but for a moment a reader may see some of them.
 func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
 	records, sent := make([]*record, len(users)), []byte("users")
 	for i, u := range users {
@@ -301,10 +302,9 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (u user, err
 	return u, queryErrorf(read, err, "reading user %s", id)
 }
 
-// changeUser applies a change to the current user and writes the result, or
-// deletes the user if change is nil. If another edit comes first, it starts over.
-// It returns the user as written; errNoUser; or errTagMismatch and the current
-// user if ifMatch is not nil and has other tags.
+// changeUser applies a change to the current user and returns the user as written. If
+// change is nil, it deletes the user. If ifMatch is not nil and has other tags, it
+// returns the current user and errTagMismatch.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
 	err = untilApplied(ctx, id, func() (applied bool, err error) {
 		if u, err = readUser(ctx, id, false); err != nil {
@@ -415,7 +415,7 @@ func untilApplied(ctx context.Context, id uuid.UUID, attempt func() (applied boo
 		return err
 	}
 	defer turn.leave()
-	for pause := time.Millisecond; ; pause = min(2*pause, maxEditPause) {
+	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
 		if applied, err := attempt(); applied || err != nil {
 			return err
 		}
@@ -431,15 +431,15 @@ func runTransaction(ctx context.Context, id uuid.UUID, statement string, values 
 }
 
 // turns make transactions on the same row wait for each other, since concurrent
-// ones time out. A row shares its turn with few others.
-var turns = func() (gates [4096]gate) {
+// ones time out. A row shares its turn with few others, which nobody can choose.
+var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
 	for i := range gates {
 		gates[i] = make(gate, 1)
 	}
 	return gates
 }()
 
-func turnOf(row string) gate { return turns[crc32.ChecksumIEEE([]byte(row))%uint32(len(turns))] }
+func turnOf(row string) gate { return turns[maphash.String(turnSeed, row)%uint64(len(turns))] }
 
 // field is a field that a client may set: its name, its rule, and a function that
 // reads a JSON value into it and reports whether the value follows the rule.
@@ -449,8 +449,7 @@ type field struct {
 }
 
 // readFields reads the members of a JSON object into fields and returns everything
-// that is wrong with them, located by JSON Pointers below at. If all is set, no
-// field may be missing, else at least one must be there.
+// that is wrong, located below at. Unless all is set, fields may be missing.
 func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
@@ -523,14 +522,16 @@ func inBody(pointer, detail string) fieldError { return fieldError{Pointer: &poi
 // pointerEscaper makes a member's name a part of a JSON Pointer.
 var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
 
-// members yields the members of a valid JSON object verbatim and in order.
+// members yields the members of a valid JSON object, or the elements of an array.
 // encoding/json alone would match NAME to name and drop duplicates.
-func members(object json.RawMessage) iter.Seq2[string, json.RawMessage] {
+func members(value json.RawMessage) iter.Seq2[string, json.RawMessage] {
 	return func(yield func(string, json.RawMessage) bool) {
-		decoder := json.NewDecoder(bytes.NewReader(object))
-		decoder.Token() // the opening brace
-		for decoder.More() {
-			name, _ := decoder.Token()
+		decoder := json.NewDecoder(bytes.NewReader(value))
+		start, _ := decoder.Token()
+		for name := json.Token(""); decoder.More(); {
+			if start == json.Delim('{') {
+				name, _ = decoder.Token()
+			}
 			var value json.RawMessage
 			if decoder.Decode(&value) != nil || !yield(name.(string), value) {
 				return

@@ -28,7 +28,7 @@ func TestReadme(t *testing.T) {
 	cmd := exec.Command("sh", "-c", "exec "+strings.TrimPrefix(blocks[0][1], "$ "))
 	cmd.Dir = ".."
 	s := startCommand(t, cmd)
-	s.awaitHealthy(t, 15*time.Second)
+	s.awaitHealthy(t, time.Minute)
 	promised, script := "", ""
 	for _, block := range blocks[2:] {
 		promised += block[1]

@@ -91,10 +91,10 @@ func TestSettingsOfACluster(t *testing.T) {
 				return
 			}
 			reason := regexp.MustCompile(`level=(WARN|ERROR) .*(filtered|nowhere|LOCAL_QUORUM)`)
-			await(t, 20*time.Second, "logging a reason", func() bool {
-				return want(t, s.do("GET /health", ""), 503) && reason.MatchString(s.log())
+			await(t, time.Minute, "logging a reason", func() bool {
+				return want(t, s.do("POST /users", ada), 503) && reason.MatchString(s.log())
 			})
-			want(t, s.do("POST /users", ada), 503)
+			want(t, s.do("GET /health", ""), 503)
 		})
 	}
 	cmd := exec.Command(buildService())

@@ -265,9 +265,9 @@ type metrics struct {
 	InFlight    int                                `json:"requests_in_flight"`
 	ByRoute     map[string]map[string]int64        `json:"requests_by_route"`
 	Cassandra   struct {
-		Connected      bool
-		Session, Hosts int
-		ClockSkew      float64 `json:"clock_skew_ms"`
+		Connected bool
+		Session   int
+		ClockSkew float64 `json:"clock_skew_ms"`
 	}
 	Streams    int   `json:"streams_active"`
 	Rows       int64 `json:"rows_streamed"`
