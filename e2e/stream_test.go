@@ -205,16 +205,17 @@ func TestSlowNetwork(t *testing.T) {
 func TestTombstones(t *testing.T) {
 	n := 50_000
 	if *long {
-		n = 2_000_000
+		n = 4_000_000 // a scan of all of them runs into Cassandra's timeout
 	}
 	s := startHealthy(t)
 	seed(t, admin, s.keyspace, 5)
 	remove := "DELETE FROM " + s.keyspace + ".users WHERE id = ?"
 	inBatches(t, admin, n, func(b *gocql.Batch, i int) { b.Query(remove, userID(i+5)) })
-	for _, query := range []string{"", "age_filter=0"} {
-		wantSeeded(t, s.stream(t, query), 5, 0)
+	for age := range 2 {
+		query := fmt.Sprint("age_filter=", age)
+		wantSeeded(t, s.stream(t, query), 5, age)
 		users, _ := s.pages(t, query)
-		wantSeeded(t, users, 5, 0)
+		wantSeeded(t, users, 5, age)
 	}
 	wantSeeded(t, s.list(t, 2), 5, 0)
 }
