@@ -617,25 +617,6 @@ func TestFailureAfterTheStatusLineAborts(t *testing.T) {
 	}
 }
 
-func TestMiddlewareKeepsFlushAndDeadlines(t *testing.T) {
-	seen := make(chan struct{})
-	conn := send(t, serve(t, routed(func(w http.ResponseWriter, r *http.Request) error {
-		io.WriteString(w, "first")
-		control, later := http.NewResponseController(w), time.Now().Add(time.Minute)
-		err := errors.Join(control.SetReadDeadline(later), control.SetWriteDeadline(later), control.Flush())
-		<-seen
-		return err
-	})), "GET /test HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-	reader := bufio.NewReader(conn)
-	for line := ""; line != "first\r\n"; { // fails at the connection's deadline
-		var err error
-		line, err = reader.ReadString('\n')
-		must(t, err)
-	}
-	close(seen)
-	wantEqual(t, "the rest", receive(t, reader), "0\r\n\r\n")
-}
-
 func TestCrossOriginWrites(t *testing.T) {
 	for header, refused := range map[string]bool{
 		"Sec-Fetch-Site: cross-site": true, "Sec-Fetch-Site: same-site": true, "Origin: http://evil.example": true, "Origin: null": true,
