@@ -55,17 +55,21 @@ func TestMain(m *testing.M) {
 		fmt.Fprintf(os.Stderr, "%v\nThe tests need a Cassandra. This command starts one: go run ./cassandra go test ./...\n", err)
 		os.Exit(1)
 	}
-	for _, pattern := range []string{"../*.go", "../go.mod", "../README.md", "../docs/*", "../cassandra/*"} {
-		files, _ := filepath.Glob(pattern)
-		for _, name := range files {
-			os.ReadFile(name) // so that Go's test cache notices changes: it tracks the files that tests open
-		}
-	}
 	flag.Set("test.parallel", "12") // parallel tests mostly wait
 	m.Run()
 	os.RemoveAll(binaries)
 	for i := range keyspaces.Load() {
 		admin.Query(fmt.Sprintf("DROP KEYSPACE IF EXISTS e2e_%d_%d", os.Getpid(), i+1)).Exec()
+	}
+}
+
+// openSources lets Go's test cache notice changes: it tracks the files that tests open.
+func openSources() {
+	for _, pattern := range []string{"../*.go", "../go.mod", "../README.md", "../docs/*", "../cassandra/*"} {
+		files, _ := filepath.Glob(pattern)
+		for _, name := range files {
+			os.ReadFile(name)
+		}
 	}
 }
 
@@ -110,9 +114,10 @@ func start(t testing.TB, settings ...string) *service {
 }
 
 func startCommand(t testing.TB, cmd *exec.Cmd, settings ...string) *service {
+	openSources()
 	exited, exit := context.WithCancel(context.Background())
 	s := &service{Cmd: cmd, keyspace: newKeyspace(), logFile: filepath.Join(t.TempDir(), "log"), exited: exited}
-	s.Env = append(append(os.Environ(), "ADDR="+anyPort, inKeyspace+s.keyspace), settings...)
+	s.Env = slices.Concat(os.Environ(), []string{"ADDR=" + anyPort, inKeyspace + s.keyspace}, cassandraAt(cassandraAddress()), settings)
 	stderr, _ := os.Create(s.logFile)
 	defer stderr.Close()
 	s.Stderr = stderr
