@@ -325,6 +325,14 @@ func rawGet(target string) string {
 	return "GET " + target + " HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 }
 
+// into decodes the body of a 200 and returns the status.
+func (r response) into(value any) int {
+	if r.status == 200 {
+		json.Unmarshal([]byte(r.body), value)
+	}
+	return r.status
+}
+
 func await(t testing.TB, within time.Duration, what string, condition func() bool) {
 	t.Helper()
 	for end := time.Now().Add(within); !condition(); time.Sleep(5 * time.Millisecond) {
