@@ -396,7 +396,7 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 // admit checks what needs no body, and returns the request's deadline; zero is none.
 func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (deadline time.Time, err error) {
 	isSet, text := r.Header["X-Request-Timeout"] != nil, strings.Join(r.Header["X-Request-Timeout"], ",")
-	timeout, _ := time.ParseDuration(text + "s")
+	timeout, _ := time.ParseDuration(cmp.Or(text, "0") + "s")
 	switch {
 	case shutdown.draining.Load() && line.options&probing == 0:
 		w.Header().Set("Connection", "close")

@@ -205,7 +205,7 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if tags := r.Header["If-None-Match"]; matches(tags, u.etag()) || matches(tags, "W/"+u.etag()) {
+	if tags := r.Header["If-None-Match"]; tags != nil && (matches(tags, u.etag()) || matches(tags, "W/"+u.etag())) {
 		w.Header().Set("ETag", u.etag())
 		w.WriteHeader(http.StatusNotModified)
 		return nil
@@ -372,7 +372,7 @@ type record struct {
 }
 
 // etag returns the row's entity tag, which every change changes.
-func (r *record) etag() string { return fmt.Sprintf(`"%d"`, r.UpdatedAt) }
+func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10) + `"` }
 
 // recordKey records ids and time of new rows under an idempotency key, or gives the
 // rows those of the first request with that key and marks the response as replayed.
