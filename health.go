@@ -352,7 +352,6 @@ type conn struct {
 	mu      sync.Mutex
 	sent    sync.Cond // something was sent, or the connection is closed
 	pending []byte    // accepted, but not sent
-	spare   []byte    // the buffer that was sent last
 	closed  bool
 }
 
@@ -377,16 +376,15 @@ func (c *conn) Write(request []byte) (int, error) {
 // send sends what Write accepts until the connection is closed. If that fails, it
 // closes the connection, so the driver fails all requests that await a response.
 func (c *conn) send() {
+	var requests []byte
 	for range c.wake {
 		runtime.Gosched() // lets requests that are about to be written join this one
 		c.mu.Lock()
-		requests := c.pending
-		c.pending, c.spare = c.spare[:0], requests // not written to before the next swap
+		c.pending, requests = requests[:0], c.pending // two buffers take turns
 		c.sent.Broadcast()
 		c.mu.Unlock()
 		c.Conn.SetWriteDeadline(time.Now().Add(pingTimeout))
-		_, err := c.Conn.Write(requests)
-		if err != nil {
+		if _, err := c.Conn.Write(requests); err != nil {
 			c.Close()
 		}
 	}
