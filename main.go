@@ -275,8 +275,7 @@ type router struct {
 	bodies      atomic.Int64 // bytes of the bodies that are being received or handled
 }
 
-// handler handles a request, or returns the error to respond with. It never
-// writes an error itself.
+// handler handles a request, or returns the error to respond with. It never writes an error itself.
 type handler func(w http.ResponseWriter, r *http.Request) error
 
 // options are a route's exceptions to the default middleware.
@@ -454,23 +453,26 @@ func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
 type gate chan struct{}
 
 // queue makes requests beyond the limit wait within their deadline.
-func (g gate) queue(h handler) handler { return g.limit("", h) }
+func (g gate) queue(h handler) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if err := g.wait(r.Context()); err != nil {
+			return err
+		}
+		defer g.leave()
+		return h(w, r)
+	}
+}
 
-// limit makes a handler refuse requests beyond the limit. If what is "", it queues them.
+// limit makes a handler refuse requests beyond the limit.
 func (g gate) limit(what string, h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		select {
 		case g <- struct{}{}:
+			defer g.leave()
+			return h(w, r)
 		default:
-			if what != "" {
-				return refuse(http.StatusServiceUnavailable, "Too many concurrent "+what+"; try again in a second")
-			}
-			if err := g.wait(r.Context()); err != nil {
-				return err
-			}
+			return refuse(http.StatusServiceUnavailable, "Too many concurrent "+what+"; try again in a second")
 		}
-		defer g.leave()
-		return h(w, r)
 	}
 }
 
