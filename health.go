@@ -43,6 +43,10 @@ const (
 	queryTimeout   = 12 * time.Second // of one page, longer than a node's own timeouts of 5 or 10 s
 	maxSkew        = 5 * time.Second  // between the clocks of service and node before it is logged
 	maxPending     = 1 << 20          // bytes of requests on one connection that are not sent yet
+	maxSilence     = time.Second      // of a host, before queries prefer other hosts
+	backAfter      = 3 * time.Second  // without silence, a host is back
+	hostInterval   = time.Second / 10 // between looks at the hosts
+	hedgeDelay     = maxSilence + 2*hostInterval
 )
 
 const (
@@ -67,7 +71,7 @@ type cluster struct {
 	port               int
 	keyspace           string
 	datacenter         string // "" is any
-	consistency        gocql.Consistency
+	consistency        string
 	replication        string // a CQL map, for a missing keyspace
 	username, password string // "" is no authentication
 	tlsCA              string // a file of PEM certificates; "" is no TLS
@@ -99,6 +103,7 @@ func keepConnected(c cluster) (disconnect func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var watching sync.WaitGroup
 	watching.Go(func() { watch(ctx, c) })
+	watching.Go(func() { counters.connections.watch(ctx) })
 	return func() {
 		cancel()
 		watching.Wait()
@@ -130,32 +135,23 @@ func watch(ctx context.Context, c cluster) {
 	}
 }
 
-// ping reads the node's clock and recreates missing tables. Its queries are not
-// counted. Under overload a ping may time out while other queries succeed.
+// ping reads the node's clock and recreates missing tables. Its queries are not counted. It
+// reports whether it succeeded, or other queries did meanwhile, as under overload.
 func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
-	var node int64
 	start := time.Now()
-	err := s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(nil).Scan(&node)
-	ok := time.Since(counters.started)-time.Duration(counters.lastResponse.Load()) < pingTimeout
+	node, err := ask(ctx, true, func(ctx context.Context) (now int64, err error) {
+		err = s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(nil).Scan(&now)
+		return now, err
+	})
 	if err == nil {
 		recordSkew(time.UnixMilli(node).Sub(start.Add(time.Since(start) / 2)))
-		ok = c.createMissing(ctx, s, selectTables, createTables) == nil
+		err = c.createMissing(ctx, s, selectTables, createTables)
 	}
+	ok := err == nil || elapsed(&counters.lastResponse) < pingTimeout
 	counters.connected.Store(ok)
 	return ok
-}
-
-// recordSkew logs when the clocks begin and cease to differ by more than maxSkew.
-func recordSkew(skew time.Duration) {
-	before := time.Duration(counters.skew.Swap(int64(skew)))
-	switch was, is := before.Abs() > maxSkew, skew.Abs() > maxSkew; {
-	case is && !was:
-		slog.Warn("the clocks of this service and of Cassandra differ", "skew", skew.Round(time.Millisecond))
-	case was && !is:
-		slog.Info("the clocks of this service and of Cassandra agree again", "skew", skew.Round(time.Millisecond))
-	}
 }
 
 // openWithRetry opens a session, or returns nil if ctx ends first.
@@ -175,44 +171,27 @@ func (c cluster) openWithRetry(ctx context.Context) *gocql.Session {
 	return nil
 }
 
-// sleep waits for d or until ctx ends.
-func sleep(ctx context.Context, d time.Duration) {
-	ctx, cancel := context.WithTimeout(ctx, d)
-	defer cancel()
-	<-ctx.Done()
-}
-
 // open returns a new session for the keyspace, with all tables in place.
 func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
 	s, err := createSession(ctx, c.config(&counters.connections))
-	if errors.Is(err, gocql.ErrNoConnectionsStarted) { // the driver's sign of a missing keyspace, among other things
-		if err = c.createKeyspace(ctx); err == nil {
+	if errors.Is(err, gocql.ErrNoConnectionsStarted) { // also the driver's error for a missing keyspace
+		unbound := c.config(&counters.connections)
+		unbound.Keyspace = ""
+		if s, err = createSession(ctx, unbound); err == nil {
+			err = c.createMissing(ctx, s, selectKeyspace, map[string]string{c.keyspace: createKeyspace + c.replication})
+			go s.Close()
+		}
+		if err == nil {
 			s, err = createSession(ctx, c.config(&counters.connections))
 		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err = c.createMissing(ctx, s, selectTables, createTables); err == nil {
-		err = prepare(ctx, s)
-	}
-	if err != nil {
+	if err = c.createMissing(ctx, s, selectTables, createTables); err != nil {
 		go s.Close()
-		return nil, err
 	}
-	return s, nil
-}
-
-// createKeyspace creates the keyspace if it is missing.
-func (c cluster) createKeyspace(ctx context.Context) error {
-	cfg := c.config(&counters.connections)
-	cfg.Keyspace = ""
-	s, err := createSession(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	defer func() { go s.Close() }()
-	return c.createMissing(ctx, s, selectKeyspace, map[string]string{c.keyspace: createKeyspace + c.replication})
+	return s, err
 }
 
 // createMissing creates what a lookup does not find. So a role without CREATE works, and instances
@@ -237,30 +216,11 @@ func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup str
 	return nil
 }
 
-// prepare prepares the hot statements, so that no request waits for that. The
-// routing key of a batch is computed under a lock that ignores deadlines.
-func prepare(ctx context.Context, s *gocql.Session) error {
-	prepared := errors.New("statement prepared") // ends a query that only has to be prepared
-	stop := func(*gocql.QueryInfo) ([]any, error) { return nil, prepared }
-	statements := []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered}
-	ended := make(chan error, len(statements))
-	for _, statement := range statements {
-		go func() { ended <- s.Bind(statement, stop).WithContext(ctx).Observer(nil).Exec() }()
-	}
-	for range statements {
-		if err := <-ended; !errors.Is(err, prepared) {
-			return fmt.Errorf("preparing statements: %w", err)
-		}
-	}
-	_, err := s.Query(insertUser, gocql.UUID{}).WithContext(ctx).GetRoutingKey()
-	_, scratchErr := s.Query(insertScratch, gocql.UUID{}).WithContext(ctx).GetRoutingKey()
-	return errors.Join(err, scratchErr)
-}
-
 // config returns the driver's settings for one session.
 func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg := gocql.NewCluster(c.hosts...)
-	cfg.Consistency, cfg.SerialConsistency = c.consistency, gocql.LocalSerial // transactions stay in this data centre
+	cfg.Consistency = gocql.ParseConsistency(c.consistency)
+	cfg.SerialConsistency = gocql.LocalSerial // transactions stay in this data centre
 	cfg.Port, cfg.Keyspace, cfg.Dialer = c.port, c.keyspace, dialer
 	cfg.ConnectTimeout, cfg.Timeout, cfg.MaxWaitSchemaAgreement = connectTimeout, queryTimeout, agreeTimeout
 	cfg.ProtoVersion = 4                    // 5 fails with this driver, 0 costs a connection to find out
@@ -270,7 +230,7 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
 	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
-	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy())}
+	cfg.PoolConfig.HostSelectionPolicy = policy{gocql.TokenAwareHostPolicy(gocql.RoundRobinHostPolicy()), dialer}
 	if dialer == &counters.connections { // the queries of a self-test's own session are not counted
 		cfg.QueryObserver, cfg.BatchObserver = observer{}, observer{}
 	}
@@ -286,12 +246,61 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
 }
 
-// policy is the driver's policy, except that it reads the replication in the
-// background, which takes 14 round trips. Until then it knows one replica of each row.
-type policy struct{ gocql.HostSelectionPolicy }
+// policy is the driver's policy, which prefers replicas, except that lagging hosts come
+// last. It reads the replication in the background, which takes 14 round trips.
+type policy struct {
+	gocql.HostSelectionPolicy
+	dialer *countingDialer
+}
 
 func (p policy) KeyspaceChanged(e gocql.KeyspaceUpdateEvent) {
 	go p.HostSelectionPolicy.KeyspaceChanged(e)
+}
+
+// Pick returns an iterator over the hosts for a query.
+func (p policy) Pick(query gocql.ExecutableQuery) gocql.NextHost {
+	next := p.HostSelectionPolicy.Pick(query)
+	if !p.dialer.lagging.Load() {
+		return next
+	}
+	var last []gocql.SelectedHost
+	return func() (h gocql.SelectedHost) {
+		for h = next(); h != nil && p.dialer.host(h.Info().ConnectAddressAndPort()).lags(); h = next() {
+			last = append(last, h)
+		}
+		if h == nil && len(last) > 0 {
+			h, last = last[0], last[1:]
+		}
+		return h
+	}
+}
+
+// ask runs a query. It runs it once more, on another host, if the first host refused it before
+// anything was written, or if it is repeatable and the first host was slow or did not complete it.
+func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
+	dialer := &counters.connections
+	if dialer.hosts.Load() < 2 {
+		return query(ctx)
+	}
+	again := sync.OnceValues(func() (T, error) { return query(ctx) })
+	first, cancel := context.WithCancel(ctx)
+	defer cancel()
+	hedge := time.AfterFunc(hedgeDelay, func() {
+		if isRepeatable && dialer.lagging.Load() {
+			if _, err := again(); err == nil {
+				cancel()
+			}
+		}
+	})
+	defer hedge.Stop()
+	value, err := query(first)
+	wasHedged := err != nil && first.Err() != nil
+	if isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt) {
+		if other, errAgain := again(); errAgain == nil || isUnavailable(err) {
+			return other, errAgain
+		}
+	}
+	return value, err
 }
 
 // createSession is gocql's CreateSession, which may panic or hang, with a deadline.
@@ -323,8 +332,14 @@ func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Sessio
 	}
 }
 
-// countingDialer counts the driver's connections; the driver doesn't report when it closes one.
-type countingDialer struct{ open, opened, failed atomic.Int64 }
+// countingDialer counts the driver's connections, since the driver doesn't report when
+// it closes one, and knows which hosts lag.
+type countingDialer struct {
+	open, opened, failed atomic.Int64 // connections
+	byAddress            sync.Map     // of *host
+	hosts, silent        atomic.Int64 // hosts with an open connection, and the silent ones among them
+	lagging              atomic.Bool  // whether any host may lag
+}
 
 func (d *countingDialer) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
 	tcp, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, addr)
@@ -334,10 +349,17 @@ func (d *countingDialer) DialContext(ctx context.Context, network, addr string) 
 	}
 	d.open.Add(1)
 	d.opened.Add(1)
-	c := &conn{Conn: tcp, dialer: d, wake: make(chan struct{}, 1)}
+	c := &conn{Conn: tcp, dialer: d, host: d.host(addr), wake: make(chan struct{}, 1)}
+	c.host.open.Add(1)
 	c.sent.L = &c.mu
 	go c.send()
 	return c, nil
+}
+
+// host returns the only host at an address.
+func (d *countingDialer) host(addr string) *host {
+	h, _ := d.byAddress.LoadOrStore(addr, new(host))
+	return h.(*host)
 }
 
 // conn is a connection that gathers writes. The driver writes each request by
@@ -348,6 +370,7 @@ func (d *countingDialer) DialContext(ctx context.Context, network, addr string) 
 type conn struct {
 	net.Conn
 	dialer  *countingDialer
+	host    *host
 	wake    chan struct{} // closed by Close
 	mu      sync.Mutex
 	sent    sync.Cond // something was sent, or the connection is closed
@@ -366,11 +389,21 @@ func (c *conn) Write(request []byte) (int, error) {
 		return 0, net.ErrClosed
 	}
 	c.pending = append(c.pending, request...)
+	c.host.waiting.CompareAndSwap(0, int64(uptime()))
 	select {
 	case c.wake <- struct{}{}:
 	default: // awake already
 	}
 	return len(request), nil
+}
+
+// Read reads what the host sends, which ends its silence.
+func (c *conn) Read(response []byte) (int, error) {
+	n, err := c.Conn.Read(response)
+	if n > 0 {
+		c.host.waiting.Store(0)
+	}
+	return n, err
 }
 
 // send sends what Write accepts until the connection is closed. If that fails, it
@@ -402,6 +435,9 @@ func (c *conn) Close() error {
 		close(c.wake)
 		c.sent.Broadcast()
 		c.dialer.open.Add(-1)
+		if c.host.open.Add(-1) == 0 {
+			c.host.waiting.Store(0)
+		}
 	}
 	return c.Conn.Close()
 }
@@ -468,15 +504,21 @@ func outcomeOf(err error) outcome {
 
 // wasRefused reports whether Cassandra refused a query before it wrote anything.
 // Overloaded can also come after a batch was logged or a transaction proposed
-// (mutateAtomically and commitPaxos in Cassandra's StorageProxy). Unavailable can
-// come after a transaction's proposal, but then it names no serial consistency.
+// (mutateAtomically and commitPaxos in Cassandra's StorageProxy).
 func wasRefused(query *queryError, code int) bool {
-	if unavailable, ok := errors.AsType[*gocql.RequestErrUnavailable](query.err); ok {
-		level := gocql.SerialConsistency(unavailable.Consistency)
-		return query.kind != edit || level == gocql.LocalSerial || level == gocql.Serial
-	}
 	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
-	return isOverloaded && (query.kind == read || query.kind == insert)
+	return isUnavailable(query) || isOverloaded && (query.kind == read || query.kind == insert)
+}
+
+// isUnavailable reports whether a host did nothing, since it could not reach enough
+// replicas. After a transaction's proposal the refusal names no serial consistency.
+func isUnavailable(err error) bool {
+	refusal, ok := errors.AsType[*gocql.RequestErrUnavailable](err)
+	if query, isQuery := errors.AsType[*queryError](err); ok && isQuery && query.kind == edit {
+		level := gocql.SerialConsistency(refusal.Consistency)
+		return level == gocql.LocalSerial || level == gocql.Serial
+	}
+	return ok
 }
 
 // isUnreachable reports whether a query was never sent.
@@ -513,7 +555,8 @@ func loadCluster(env *environment) cluster {
 			"1 to 48 letters, digits or underscores, and not one of Cassandra's own", parseKeyspace),
 		datacenter: setting(env, "CASSANDRA_DATACENTER", "",
 			"the name of a data centre: letters, digits, points, dashes or underscores", matching(`^[\w.-]*$`)),
-		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", "LOCAL_QUORUM, QUORUM or ALL", parseConsistency),
+		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", // with less, a read could miss a write
+			"LOCAL_QUORUM, QUORUM or ALL", matching(`^(LOCAL_QUORUM|QUORUM|ALL)$`)),
 		replication: setting(env, "CASSANDRA_REPLICATION", "1",
 			"a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3", parseReplication),
 		username: env.getenv("CASSANDRA_USERNAME"),
@@ -548,15 +591,12 @@ func matching(pattern string) func(string) (string, bool) {
 	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
 }
 
-// parseAllowedHosts returns nil for *. It ignores ports and the brackets of IPv6.
+// parseAllowedHosts returns nil for *.
 func parseAllowedHosts(text string) (hosts []string, ok bool) {
 	if text == "*" {
 		return nil, true
 	}
-	for host := range strings.SplitSeq(strings.ToLower(text), ",") {
-		hosts = append(hosts, hostname(strings.TrimSpace(host)))
-	}
-	return parseHosts(strings.Join(hosts, ","))
+	return parseHosts(strings.ToLower(text))
 }
 
 // hostname returns the host of an address without port and brackets.
@@ -581,28 +621,16 @@ func parseKeyspace(text string) (string, bool) {
 	return text, regexp.MustCompile(`^\w{1,48}$`).MatchString(text) && !strings.HasPrefix(strings.ToLower(text), "system")
 }
 
-// parseConsistency accepts the levels with which a read sees every earlier write.
-func parseConsistency(text string) (gocql.Consistency, bool) {
-	levels := map[string]gocql.Consistency{"LOCAL_QUORUM": gocql.LocalQuorum, "QUORUM": gocql.Quorum, "ALL": gocql.All}
-	level, ok := levels[text]
-	return level, ok
-}
-
 // parseReplication turns "1" or "dc1:3,dc2:3" into a CQL map.
 func parseReplication(text string) (string, bool) {
 	if !strings.Contains(text, ":") {
 		text = "replication_factor:" + text // in every data centre
 	}
-	replica, options := regexp.MustCompile(`^[\w.-]+:[1-9][0-9]?$`), "'class': 'NetworkTopologyStrategy'"
-	for option := range strings.SplitSeq(text, ",") {
-		name, factor, _ := strings.Cut(option, ":")
-		key := fmt.Sprintf("'%s': ", name)
-		if !replica.MatchString(option) || strings.Contains(options, key) {
-			return "", false
-		}
-		options += ", " + key + factor
-	}
-	return "{" + options + "}", true
+	ok := regexp.MustCompile(`^[\w.-]+:[1-9]\d?(,[\w.-]+:[1-9]\d?)*$`).MatchString(text)
+	name := regexp.MustCompile(`([\w.-]+):`)
+	names := slices.Sorted(slices.Values(name.FindAllString(text, -1)))
+	options := name.ReplaceAllString(text, "'$1': ")
+	return "{'class': 'NetworkTopologyStrategy', " + options + "}", ok && len(slices.Compact(names)) == strings.Count(text, ":")
 }
 
 func parseCertificates(file string) (string, bool) {

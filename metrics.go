@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"math"
 	"mime"
@@ -25,7 +26,7 @@ import (
 	"github.com/gocql/gocql"
 )
 
-const rateWindow = 60 // seconds that queries_per_second covers
+const rateWindow = time.Minute // that queries_per_second covers
 
 // bounds are the histograms' upper bounds in seconds: a point read takes about
 // one millisecond, and no page more than 12 s.
@@ -43,7 +44,7 @@ var counters = struct {
 	skew         atomic.Int64   // nanoseconds from this clock to the node's
 	connected    atomic.Bool    // result of the last ping
 	connections  countingDialer // of the global session and of attempts to open one
-	queryRate    rate
+	queryHistory history
 	queryTimes   histogram
 	routes       sync.Map // of *routeStats by pattern
 }{started: time.Now()}
@@ -52,24 +53,91 @@ var counters = struct {
 type observer struct{}
 
 func (observer) ObserveQuery(_ context.Context, q gocql.ObservedQuery) {
-	countQuery(q.Start, q.End, q.Err)
+	countQuery(q.Start, q.End, q.Host, q.Err)
 }
 func (observer) ObserveBatch(_ context.Context, b gocql.ObservedBatch) {
-	countQuery(b.Start, b.End, b.Err)
+	countQuery(b.Start, b.End, b.Host, b.Err)
 }
 
 // countQuery counts a query. A client that disconnected is not a failure.
-func countQuery(start, end time.Time, err error) {
+func countQuery(start, end time.Time, node *gocql.HostInfo, err error) {
 	counters.queries.Add(1)
-	counters.queryRate.add(end)
 	counters.queryTimes.observe(end.Sub(start))
+	counters.connections.observe(node, end.Sub(start), err)
 	switch {
 	case err == nil:
-		counters.lastResponse.Store(int64(end.Sub(counters.started)))
+		counters.lastResponse.Store(int64(uptime()))
 	case !errors.Is(err, context.Canceled):
 		counters.queryErrors.Add(1)
 	}
 }
+
+// recordSkew logs when the clocks begin and cease to differ by more than maxSkew.
+func recordSkew(skew time.Duration) {
+	before := time.Duration(counters.skew.Swap(int64(skew)))
+	if isLarge := skew.Abs() > maxSkew; isLarge != (before.Abs() > maxSkew) {
+		does := map[bool]string{true: "differ", false: "agree again"}[isLarge]
+		slog.Warn("the clocks of this service and of Cassandra "+does, "skew", skew.Round(time.Millisecond))
+	}
+}
+
+// watch counts the hosts, and logs when one falls silent and when it is back.
+func (d *countingDialer) watch(ctx context.Context) {
+	silent := map[any]time.Duration{} // when each was silent last
+	for ; ctx.Err() == nil; sleep(ctx, hostInterval) {
+		counters.queryHistory.record(counters.queries.Load())
+		hosts, lagging := int64(0), false
+		for addr, value := range d.byAddress.Range {
+			h := value.(*host)
+			hosts += min(1, h.open.Load())
+			switch last, was := silent[addr]; {
+			case h.isSilent():
+				if silent[addr] = uptime(); !was {
+					slog.Warn("a host does not respond", "host", addr)
+				}
+			case was && uptime()-last > backAfter:
+				delete(silent, addr)
+				slog.Info("a host responds again", "host", addr)
+			}
+			lagging = lagging || h.ill.Load() != 0
+		}
+		d.hosts.Store(hosts)
+		d.silent.Store(int64(len(silent)))
+		d.lagging.Store(lagging || len(silent) > 0)
+	}
+}
+
+// observe notes how a host responded to a query.
+func (d *countingDialer) observe(node *gocql.HostInfo, took time.Duration, err error) {
+	isIll := took > maxSilence || isUnavailable(err)
+	if !isIll && !d.lagging.Load() {
+		return // as usual
+	}
+	d.host(node.ConnectAddressAndPort()).ill.Store(map[bool]int64{true: int64(uptime())}[isIll])
+	d.lagging.Store(true)
+}
+
+// host is a node as its connections see it. Times are nanoseconds of uptime.
+type host struct {
+	open    atomic.Int64 // connections
+	waiting atomic.Int64 // for a first byte, since this time; 0 if not
+	ill     atomic.Int64 // when its last query was slow or refused, or was sent since; 0 if it was neither
+}
+
+func (h *host) isSilent() bool { return h.waiting.Load() != 0 && elapsed(&h.waiting) > maxSilence }
+
+// lags reports whether queries should go to other hosts. An ill host gets one query per
+// maxSilence, until one is quick.
+func (h *host) lags() bool {
+	ill := h.ill.Load()
+	if ill == 0 || h.isSilent() {
+		return h.isSilent()
+	}
+	return elapsed(&h.ill) < maxSilence || !h.ill.CompareAndSwap(ill, int64(uptime()))
+}
+
+// elapsed returns the time since an uptime.
+func elapsed(since *atomic.Int64) time.Duration { return uptime() - time.Duration(since.Load()) }
 
 // routeStats counts the requests of one route.
 type routeStats struct {
@@ -125,34 +193,19 @@ func (h *histogram) quantile(q float64) float64 {
 	return 1000 * (low + (high-low)*(rank-float64(below))/float64(counts[i]-below))
 }
 
-// rate counts events by the second they happened in, for rateWindow seconds.
-type rate struct {
-	mu      sync.Mutex
-	seconds [rateWindow]int64 // Unix time of each slot
-	counts  [rateWindow]int64
+// history is a counter's recent values, one per hostInterval.
+type history struct {
+	values [rateWindow/hostInterval + 1]atomic.Int64
+	length atomic.Int64
 }
 
-func (r *rate) add(at time.Time) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	slot := at.Unix() % rateWindow
-	if r.seconds[slot] != at.Unix() {
-		r.seconds[slot], r.counts[slot] = at.Unix(), 0
-	}
-	r.counts[slot]++
-}
+func (h *history) record(value int64) { h.values[h.length.Add(1)%int64(len(h.values))].Store(value) }
 
-// perSecond returns the mean of the last rateWindow seconds, or since start.
-func (r *rate) perSecond(start, at time.Time) float64 {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var sum int64
-	for slot, second := range r.seconds {
-		if at.Unix()-second < rateWindow {
-			sum += r.counts[slot]
-		}
-	}
-	return float64(sum) / min(max(at.Sub(start).Seconds(), 1), rateWindow)
+// perSecond returns how fast the counter grew within rateWindow, or since the start.
+func (h *history) perSecond(value int64) float64 {
+	length, size := h.length.Load(), int64(len(h.values))
+	grown := value - h.values[(length+1)%size].Load()
+	return float64(grown) / max(1, min(float64(length)*hostInterval.Seconds(), rateWindow.Seconds()))
 }
 
 type percentiles struct {
@@ -170,34 +223,57 @@ func getMetrics(w http.ResponseWriter, r *http.Request) error {
 	return writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", prometheusMetrics())
 }
 
+// metric is a value that both formats have. A point in its JSON name separates object and member.
+type metric struct {
+	json, prometheus, kind, help string
+	value                        any
+}
+
+func metrics() []metric {
+	c, dialer := &counters, &counters.connections
+	rate, skew := c.queryHistory.perSecond(c.queries.Load()), milliseconds(time.Duration(c.skew.Load()))
+	return []metric{
+		{"total_queries", "cassandra_queries_total", "counter", "Queries, pages and retries sent.", c.queries.Load()},
+		{"errors_count", "cassandra_query_errors_total", "counter", "Queries that failed.", c.queryErrors.Load()},
+		{"queries_per_second", "cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate},
+		{"active_connections", "cassandra_connections_open", "gauge", "Open connections.", dialer.open.Load()},
+		{"cassandra_connections.opened", "cassandra_connections_opened_total", "counter", "Opened.", dialer.opened.Load()},
+		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Failed.", dialer.failed.Load()},
+		{"cassandra.connected", "cassandra_connected", "gauge", "Whether the last ping had a response.", c.connected.Load()},
+		{"cassandra.session", "cassandra_session", "gauge", "Number of the current session.", observeSession().number},
+		{"cassandra.hosts", "cassandra_hosts", "gauge", "Hosts with an open connection.", dialer.hosts.Load()},
+		{"cassandra.hosts_silent", "cassandra_hosts_silent", "gauge", "Those that do not respond.", dialer.silent.Load()},
+		{"cassandra.clock_skew_ms", "cassandra_clock_skew_milliseconds", "gauge", "The node's clock minus this one.", skew},
+		{"requests_in_flight", "http_requests_in_flight", "gauge", "Active HTTP requests.", c.inFlight.Load()},
+		{"streams_active", "streams_active", "gauge", "Streams and pages that are being sent.", len(streams)},
+		{"rows_streamed", "rows_streamed_total", "counter", "Users sent by streams.", c.rowsStreamed.Load()},
+		{"goroutines", "goroutines", "gauge", "Goroutines of the process.", runtime.NumGoroutine()},
+		{"memory_bytes", "memory_bytes", "gauge", "Memory obtained from the OS.", memoryBytes()},
+		{"uptime_seconds", "uptime_seconds", "gauge", "Time since the process started.", uptime().Seconds()},
+	}
+}
+
 func jsonMetrics() map[string]any {
-	dialer, times := &counters.connections, &counters.queryTimes
+	times := &counters.queryTimes
 	count, sum := times.cumulative()[len(bounds)], milliseconds(time.Duration(times.nanos.Load()))
 	byRoute, total := requestsByRoute()
-	return map[string]any{
-		"total_queries":         counters.queries.Load(),
-		"active_connections":    dialer.open.Load(),
-		"queries_per_second":    counters.queryRate.perSecond(counters.started, time.Now()),
+	all := map[string]any{
 		"average_query_time_ms": sum / float64(max(1, count)),
-		"errors_count":          counters.queryErrors.Load(),
 		"query_times":           map[string]any{"count": count, "sum_ms": sum},
 		"query_performance":     percentiles{times.quantile(.5), times.quantile(.95), times.quantile(.99)},
 		"total_requests":        total,
-		"requests_in_flight":    counters.inFlight.Load(),
 		"requests_by_route":     byRoute,
-		"cassandra_connections": map[string]any{
-			"open": dialer.open.Load(), "opened": dialer.opened.Load(), "failed": dialer.failed.Load(),
-		},
-		"cassandra": map[string]any{
-			"connected": counters.connected.Load(), "session": observeSession().number,
-			"clock_skew_ms": milliseconds(time.Duration(counters.skew.Load())),
-		},
-		"streams_active": len(streams),
-		"rows_streamed":  counters.rowsStreamed.Load(),
-		"goroutines":     runtime.NumGoroutine(),
-		"memory_bytes":   memoryBytes(),
-		"uptime_seconds": time.Since(counters.started).Seconds(),
+		"cassandra":             map[string]any{},
+		"cassandra_connections": map[string]any{"open": counters.connections.open.Load()},
 	}
+	for _, m := range metrics() {
+		if object, name, isNested := strings.Cut(m.json, "."); isNested {
+			all[object].(map[string]any)[name] = m.value
+		} else {
+			all[m.json] = m.value
+		}
+	}
+	return all
 }
 
 // requestsByRoute returns the number of requests by pattern and status, and of all.
@@ -233,6 +309,8 @@ func preferred(r *http.Request, offers ...string) string {
 	return best
 }
 
+func uptime() time.Duration { return time.Since(counters.started) }
+
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
 // memoryBytes returns the memory that was obtained from the OS and not returned.
@@ -245,27 +323,13 @@ func memoryBytes() uint64 {
 // prometheusMetrics returns the same in the text format 0.0.4, with histograms for percentiles.
 func prometheusMetrics() []byte {
 	var out bytes.Buffer
-	value := func(name, kind, help string, v any) {
-		writeHead(&out, name, kind, help)
-		fmt.Fprintf(&out, "%s %v\n", name, v)
+	for _, m := range metrics() {
+		writeHead(&out, m.prometheus, m.kind, m.help)
+		if m.value == true || m.value == false {
+			m.value = map[any]int{true: 1}[m.value]
+		}
+		fmt.Fprintf(&out, "%s %v\n", m.prometheus, m.value)
 	}
-	connected, connections := map[bool]int{true: 1}[counters.connected.Load()], &counters.connections
-	rate, skew := counters.queryRate.perSecond(counters.started, time.Now()), time.Duration(counters.skew.Load())
-	value("cassandra_queries_total", "counter", "Queries sent; each page and attempt counts.", counters.queries.Load())
-	value("cassandra_query_errors_total", "counter", "Queries that failed.", counters.queryErrors.Load())
-	value("cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate)
-	value("cassandra_connections_open", "gauge", "Open connections.", connections.open.Load())
-	value("cassandra_connections_opened_total", "counter", "Connections that were opened.", connections.opened.Load())
-	value("cassandra_connections_failed_total", "counter", "Connections that failed to open.", connections.failed.Load())
-	value("cassandra_connected", "gauge", "1 if Cassandra responded to the last ping, else 0.", connected)
-	value("cassandra_session", "gauge", "Number of the current session.", observeSession().number)
-	value("cassandra_clock_skew_seconds", "gauge", "The node's clock minus the service's.", skew.Seconds())
-	value("http_requests_in_flight", "gauge", "Active HTTP requests.", counters.inFlight.Load())
-	value("streams_active", "gauge", "Streams and pages that are being sent.", len(streams))
-	value("rows_streamed_total", "counter", "Users sent by streams.", counters.rowsStreamed.Load())
-	value("goroutines", "gauge", "Goroutines of the process.", runtime.NumGoroutine())
-	value("memory_bytes", "gauge", "Memory obtained from the OS.", memoryBytes())
-	value("uptime_seconds", "gauge", "Time since the process started.", time.Since(counters.started).Seconds())
 	writeHistograms(&out)
 	return out.Bytes()
 }

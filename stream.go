@@ -257,13 +257,18 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 		return page{}, err
 	}
 	for range maxNarrowings + 1 {
-		if p, err = s.read(ctx, s.pageSize(size)); !isTooWide(err) {
+		slice, f := *s, fetched{}
+		f, err = ask(ctx, true, func(ctx context.Context) (fetched, error) { return slice.read(ctx, slice.pageSize(size)) })
+		if err == nil {
+			*s, p = *f.slice, f.page
 			s.narrow = max(0, s.narrow-1)
+		}
+		if !isTooWide(err) {
 			break
 		}
 		s.narrow += narrowing
 	}
-	return p, queryErrorf(read, err, "scanning %s", s.name)
+	return p, err
 }
 
 // isTooWide reports that a node ran out of time, or met too many tombstones.
@@ -271,11 +276,11 @@ func isTooWide(err error) bool {
 	return slices.Contains([]int{gocql.ErrCodeReadTimeout, gocql.ErrCodeReadFailure}, codeOf(err))
 }
 
-// read reads a page of the next slice and moves the scan behind it. It asks for
-// one row more, which shows that more follow. Since the position is a token, rows
+// read reads a page of the next slice and returns it with the scan behind it. It asks
+// for one row more, which shows that more follow. Since the position is a token, rows
 // with the same token, which random keys hardly ever have, share a page.
-func (s *scan) read(ctx context.Context, size int) (p page, err error) {
-	end := s.bound()
+func (s scan) read(ctx context.Context, size int) (fetched, error) {
+	p, end := page{}, s.bound()
 	statement, values := s.selectRange, []any{s.from, end}
 	if s.minAge > 0 {
 		statement, values = s.selectFiltered, append(values, s.minAge)
@@ -294,11 +299,8 @@ func (s *scan) read(ctx context.Context, size int) (p page, err error) {
 		}
 		p.json, last = append(row.appendJSON(p.json), '\n'), token
 	}
-	if err := rows.Close(); err != nil {
-		return page{}, err
-	}
 	s.from, s.left, s.rowBytes = end, s.left-p.rows, cmp.Or(len(p.json)/max(1, p.rows), s.rowBytes)
-	return p, nil
+	return fetched{page: p, slice: &s}, queryErrorf(read, rows.Close(), "scanning %s", s.name)
 }
 
 // pageSize returns size, or fewer rows if that many would exceed a limit.

@@ -277,31 +277,36 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 			return err
 		}
 	}
-	u, db := &users[0], currentSession()
-	stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
-	if kind == insert {
-		query := db.Query(insertUser, u.columns()...).WithContext(r.Context()).RoutingKey(u.ID[:])
-		return queryErrorf(insert, query.WithTimestamp(stamp).Exec(), "inserting user %s", u.ID)
-	}
-	batch := db.NewBatch(gocql.LoggedBatch).WithContext(r.Context()).WithTimestamp(stamp)
-	for i := range users {
-		batch.Query(insertUser, users[i].columns()...)
-	}
-	return queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
+	_, err := ask(r.Context(), true, func(ctx context.Context) (none struct{}, err error) {
+		u, db := &users[0], currentSession()
+		stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
+		if kind == insert {
+			query := db.Query(insertUser, u.columns()...).WithContext(ctx).RoutingKey(u.ID[:])
+			return none, queryErrorf(insert, query.WithTimestamp(stamp).Exec(), "inserting user %s", u.ID)
+		}
+		batch := db.NewBatch(gocql.LoggedBatch).WithContext(ctx).WithTimestamp(stamp)
+		for i := range users {
+			batch.Bind(insertUser, values(users[i].columns()...))
+		}
+		return none, queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
+	})
+	return err
 }
 
 // readUser returns a user or errNoUser. A linearizable read first settles a
 // transaction that was left unfinished, so its result can't change later.
-func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (u user, err error) {
-	query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
-	if linearizable {
-		query.Consistency(gocql.Consistency(gocql.LocalSerial))
-	}
-	err = query.Scan(u.columns()...)
-	if errors.Is(err, gocql.ErrNotFound) {
-		return u, errNoUser
-	}
-	return u, queryErrorf(read, err, "reading user %s", id)
+func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
+	return ask(ctx, true, func(ctx context.Context) (u user, err error) {
+		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
+		if linearizable {
+			query.Consistency(gocql.Consistency(gocql.LocalSerial))
+		}
+		err = query.Scan(u.columns()...)
+		if errors.Is(err, gocql.ErrNotFound) {
+			return u, errNoUser
+		}
+		return u, queryErrorf(read, err, "reading user %s", id)
+	})
 }
 
 // changeUser applies a change to the current user and returns the user as written. If
@@ -424,9 +429,11 @@ func untilApplied(ctx context.Context, id uuid.UUID, attempt func() (applied boo
 
 // runTransaction runs a lightweight transaction on one row.
 func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
-	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(id[:])
-	applied, err = query.ScanCAS(new(int64))
-	return applied, queryErrorf(edit, err, "editing %s", id)
+	return ask(ctx, false, func(ctx context.Context) (bool, error) {
+		query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(id[:])
+		applied, err := query.ScanCAS(new(int64))
+		return applied, queryErrorf(edit, err, "editing %s", id)
+	})
 }
 
 // turns make transactions on the same row wait for each other, since concurrent

@@ -103,6 +103,7 @@ type launcher struct {
 
 type node struct {
 	address, dir string
+	advertised   string          // the address for clients
 	pid          int             // 0 before the first start
 	ended        <-chan struct{} // closed when the process has ended
 }
@@ -145,7 +146,7 @@ func (l *launcher) parse(args []string) error {
 	fs.IntVar(&l.port, "port", 0, "accept CQL on `PORT` (default 9042, or a free port if 9042 is taken)")
 	fs.StringVar(&l.data, "data", "", "keep data and logs in `DIR` (default: a temporary folder)")
 	fs.DurationVar(&l.restart, "restart", 0, "restart a dead node after `DURATION`, on the same port and data")
-	fs.StringVar(&l.rpcAddress, "rpc-address", "", "advertise `ADDR` to clients (the node still listens on 127.0.0.1)")
+	fs.StringVar(&l.rpcAddress, "rpc-address", "", "advertise `ADDR` to clients, and the next addresses for further nodes")
 	fs.StringVar(&l.pidFile, "pid", "", "write the node PIDs to `FILE`, one per line, in node order")
 	fs.BoolVar(&l.auth, "auth", false, "require a user name and password; both are cassandra")
 	fs.Usage = func() {
@@ -161,8 +162,8 @@ func (l *launcher) parse(args []string) error {
 		return fmt.Errorf("invalid -nodes %d; it must be 1 to 9", l.size)
 	case l.port < 0 || l.port > 65535:
 		return fmt.Errorf("invalid -port %d; it must be 1 to 65535", l.port)
-	case l.rpcAddress != "" && (l.size > 1 || net.ParseIP(l.rpcAddress) == nil):
-		return fmt.Errorf("invalid -rpc-address %q; it must be an IP address, for a single node", l.rpcAddress)
+	case l.rpcAddress != "" && net.ParseIP(l.rpcAddress) == nil:
+		return fmt.Errorf("invalid -rpc-address %q; it must be an IP address", l.rpcAddress)
 	case !isPIDFile(l.pidFile):
 		return fmt.Errorf("invalid -pid %q; it exists and is not a list of PIDs", l.pidFile)
 	}
@@ -369,6 +370,11 @@ func (l *launcher) startCluster() error {
 	dir, err1 := filepath.Abs(cmp.Or(l.data, l.dir))
 	for i := range l.size {
 		n := &node{address: fmt.Sprint("127.0.0.", i+1), dir: filepath.Join(dir, fmt.Sprint("node", i+1))}
+		n.advertised = n.address
+		if ip := net.ParseIP(l.rpcAddress); ip != nil {
+			ip[len(ip)-1] += byte(i)
+			n.advertised = ip.String()
+		}
 		l.nodes = append(l.nodes, n)
 	}
 	began := time.Now()
@@ -495,7 +501,7 @@ func (l *launcher) launch(n *node) error {
 func (l *launcher) config(n *node) string {
 	return strings.NewReplacer(
 		"${ADDRESS}", n.address,
-		"${ADVERTISED}", cmp.Or(l.rpcAddress, n.address),
+		"${ADVERTISED}", n.advertised,
 		"${AUTHENTICATOR}", map[bool]string{false: "AllowAllAuthenticator", true: "PasswordAuthenticator"}[l.auth],
 		"${CQL_PORT}", fmt.Sprint(l.cqlPort),
 		"${STORAGE_PORT}", fmt.Sprint(l.storagePort),

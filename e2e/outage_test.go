@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"net"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -40,7 +41,7 @@ func TestStartWithoutCassandra(t *testing.T) {
 	await(t, 8*time.Second, "retrying", func() bool { return s.metrics(t).Connections.Failed > 4 })
 	n, lines := strings.Count(s.log(), `msg="cannot connect to Cassandra; retrying"`), strings.Count(s.log(), "\n")
 	check(t, n == 1 && lines <= 4, "%d lines of the outage, want one per 10 s and none per request:\n%s", n, s.log())
-	startProxy(t, addr, 0)
+	startProxy(t, addr, cassandraAddress())
 	s.awaitHealthy(t, 15*time.Second)
 	r := s.do("GET /users", "")
 	check(t, want(t, r, 200) && r.body == "[]\n", "%s; want no users", r)
@@ -110,7 +111,7 @@ func TestTLSIsVerified(t *testing.T) {
 	defer server.Close()
 	ca := filepath.Join(t.TempDir(), "ca.pem")
 	os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o600)
-	at := append(cassandraAt(startProxy(t, anyPort, 0, server.TLS.Certificates...).addr), "CASSANDRA_TLS_CA="+ca)
+	at := append(cassandraAt(startProxy(t, anyPort, cassandraAddress(), server.TLS.Certificates...).addr), "CASSANDRA_TLS_CA="+ca)
 	startHealthy(t, at...)
 	start(t, append(at, "CASSANDRA_HOSTS=localhost")...).awaitRefusal(t, "certificate is valid for example.com, *.example.com, not localhost")
 }
@@ -166,23 +167,32 @@ func TestFrozenConnectionsAreReplaced(t *testing.T) {
 
 const absent = -1 // the age of a user that does not exist
 
-// load is a steady load. Each client creates, changes and deletes users of its own, one after another, and records which
-// states the responses allow.
+// load is a steady load. Each client creates, reads, changes and deletes users of its own, one after another, and records
+// which states the responses allow.
 type load struct {
 	t       testing.TB
 	s       *service
+	name    string
 	stopped atomic.Bool
 	clients sync.WaitGroup
 	failed  atomic.Int64 // when a request failed last, in nanoseconds
 	ages    sync.Map     // by name: the ages that a user may have
+	tallies sync.Map     // of *tally by endpoint
+}
+
+type tally struct{ requests, failed, slow atomic.Int64 }
+
+func (l *load) tally(endpoint string) *tally {
+	t, _ := l.tallies.LoadOrStore(endpoint, new(tally))
+	return t.(*tally)
 }
 
 func startLoad(t testing.TB, s *service, clients int) *load {
-	l := &load{t: t, s: s}
+	l := &load{t: t, s: s, name: fmt.Sprint("load ", time.Now().UnixNano())}
 	for n := range clients {
 		l.clients.Go(func() {
 			for i := 0; !l.stopped.Load(); i++ {
-				l.userLifecycle(fmt.Sprintf("client %d user %d", n, i), i%2 == 0)
+				l.userLifecycle(fmt.Sprintf("%s client %d user %d", l.name, n, i), i%2 == 0)
 				time.Sleep(20 * time.Millisecond)
 			}
 		})
@@ -190,29 +200,42 @@ func startLoad(t testing.TB, s *service, clients int) *load {
 	return l
 }
 
-// userLifecycle creates a user, and then deletes or changes it.
+// do sends a request, which may fail by 503 or 504.
+func (l *load) do(request, body string, status int) response {
+	r := l.s.do(request, body)
+	tally := l.tally(regexp.MustCompile("[A-Z]+ /users(/stream)?").FindString(request))
+	tally.requests.Add(1)
+	if r.took > 3*time.Second {
+		tally.slow.Add(1)
+	}
+	if r.status != status {
+		check(l.t, r.status == 503 || r.status == 504, "%s; want %d", r, status)
+		tally.failed.Add(1)
+		l.failed.Store(time.Now().UnixNano())
+	}
+	return r
+}
+
+// userLifecycle creates and reads a user, and then deletes or changes it.
 func (l *load) userLifecycle(name string, deletes bool) {
 	ages := []int{absent}
 	change := func(request string, age, status int) (path string, ok bool) {
-		r := l.s.do(request, fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age))
+		r := l.do(request, fmt.Sprintf(`{"name":%q,"email":"ada@example.com","age":%d}`, name, age), status)
 		switch r.status {
 		case status:
 			ages = []int{age}
-		case 503: // not done
 		case 504: // perhaps done
 			ages = append(ages, age)
-		default:
-			l.t.Errorf("%s; want %d", r, status)
-		}
-		if r.status >= 500 {
-			l.failed.Store(time.Now().UnixNano())
 		}
 		return r.header.Get("Location"), r.status == status
 	}
-	if path, ok := change("POST /users", 1, 201); ok && deletes {
-		change("DELETE "+path, absent, 204)
-	} else if ok {
-		change("PUT "+path, 2, 200)
+	if path, ok := change("POST /users", 1, 201); ok {
+		l.do("GET "+path, "", 200)
+		if deletes {
+			change("DELETE "+path, absent, 204)
+		} else {
+			change("PUT "+path, 2, 200)
+		}
 	}
 	l.ages.Store(name, ages)
 }
@@ -225,6 +248,8 @@ func (l *load) check() {
 	l.clients.Wait()
 	stored := map[string]int{}
 	for _, u := range decode[[]user](l.t, l.s.do("GET /users/stream", "", "X-Request-Timeout: 60"), 200) {
+		_, isTwice := stored[u.Name]
+		check(l.t, !isTwice, "%s was created twice", u.Name)
 		stored[u.Name] = u.Age
 	}
 	for name, ages := range l.ages.Range {
@@ -315,6 +340,92 @@ func TestThreeNodes(t *testing.T) {
 	}
 	last := time.Unix(0, l.failed.Load()).Sub(killed)
 	check(t, failures*50 <= total && last < 30*time.Second, "%d failures and %d users, the last %s after the death", failures, total, last)
+}
+
+// withstand puts a service under a load of all kinds of requests, of which few may fail or be slow. It returns their rate.
+func (s *service) withstand(t testing.TB, during time.Duration) (perSecond float64) {
+	l := startLoad(t, s, 12)
+	for end := time.Now().Add(during); time.Now().Before(end); {
+		l.do("GET /users/stream?limit=100", "", 200)
+	}
+	l.check()
+	for endpoint, value := range l.tallies.Range {
+		tally := value.(*tally)
+		n, failed, slow := tally.requests.Load(), tally.failed.Load(), tally.slow.Load()
+		t.Logf("%s: %d requests, %d failed, %d took over 3 s", endpoint, n, failed, slow)
+		check(t, failed*50 <= n && slow*50 <= n, "more than 2 %% of them failed or were slow")
+		perSecond += float64(n) / during.Seconds()
+	}
+	return perSecond
+}
+
+// One of three nodes hangs, or its network swallows or delays everything. The others take over.
+func TestSilentHosts(t *testing.T) {
+	needsLong(t)
+	n := startNode(t, "-nodes", "3", "-rpc-address", "127.0.0.11")
+	n.awaitResponse(t, "127.0.0.3")
+	_, port, _ := net.SplitHostPort(n.addr)
+	var proxies [3]*proxy
+	for i := range proxies {
+		proxies[i] = startProxy(t, fmt.Sprintf("127.0.0.%d:%s", 11+i, port), fmt.Sprintf("127.0.0.%d:%s", 1+i, port))
+	}
+	s := startHealthy(t, append(cassandraAt(proxies[0].addr), "CASSANDRA_REPLICATION=3")...)
+	await(t, time.Minute, "connecting to three hosts", func() bool { return s.metrics(t).Cassandra.Hosts == 3 })
+	normal := s.withstand(t, 10*time.Second)
+	stop := func(signal string, i int) func() { return func() { n.signal(t, signal, i+1) } }
+	pass := func(i int, bytes int64) func() { return func() { proxies[i].credit.Store(bytes) } }
+	delay := func(i int, d time.Duration) func() { return func() { proxies[i].delay.Store(int64(d)) } }
+	for _, tt := range []struct {
+		name       string
+		host       int
+		during     time.Duration
+		fail, mend func()
+	}{
+		{"hangs", 1, 30 * time.Second, stop("STOP", 1), stop("CONT", 1)},
+		{"hangs", 2, 20 * time.Second, stop("STOP", 2), stop("CONT", 2)},
+		{"is swallowed", 0, 20 * time.Second, pass(0, 0), pass(0, math.MaxInt64)},
+		{"is delayed", 1, 20 * time.Second, delay(1, time.Second), delay(1, 0)},
+	} {
+		tt.fail()
+		rate := s.withstand(t, tt.during)
+		silent := s.metrics(t).Cassandra.HostsSilent
+		t.Logf("host %d %s: %.0f requests/s, %.0f before; %d silent hosts", tt.host, tt.name, rate, normal, silent)
+		check(t, rate > .4*normal && silent == 1, "want 40 %% of them, and 1 silent host")
+		tt.mend()
+		time.Sleep(3 * time.Second)
+		before := proxies[tt.host].passed.Load()
+		s.withstand(t, 2*time.Second)
+		check(t, proxies[tt.host].passed.Load() > before+50_000, "host %d has no share of the load", tt.host)
+	}
+	check(t, s.metrics(t).Cassandra.Session == 1, "a session was replaced")
+}
+
+// A node that clients reach, but that is cut off from the other two, refuses what they send. The test runs itself and the
+// nodes in a network namespace, in which routes to one node can be blocked.
+func TestNodeIsCutOff(t *testing.T) {
+	needsLong(t)
+	if os.Getenv("IN_NAMESPACE") == "" {
+		cmd := exec.Command("unshare", "--net", "sh", "-c", "ip link set lo up && ip rule add pref 9 lookup local && ip rule del pref 0 && "+
+			`exec "$@"`, "sh", buildLauncher(), "-nodes", "3", os.Args[0], "-test.run=^TestNodeIsCutOff$", "-test.v", "-long")
+		cmd.Env = append(os.Environ(), "IN_NAMESPACE=yes")
+		out, err := cmd.CombinedOutput()
+		if !strings.Contains(string(out), "ready in") {
+			t.Skipf("network namespaces need root and iproute2: %v, %s", err, out)
+		}
+		check(t, err == nil, "%s", out)
+		t.Logf("%s", out)
+		return
+	}
+	s := startHealthy(t)
+	await(t, time.Minute, "connecting to three hosts", func() bool { return s.metrics(t).Cassandra.Hosts == 3 })
+	s.withstand(t, 10*time.Second)
+	for _, rule := range []string{"to 127.0.0.2 dport 7000", "from 127.0.0.2 dport 7000", "from 127.0.0.2 sport 7000"} {
+		out, err := exec.Command("sh", "-c", "ip rule add pref 5 ipproto tcp blackhole "+rule).CombinedOutput()
+		check(t, err == nil, "%v: %s", err, out)
+	}
+	s.withstand(t, 40*time.Second)
+	exec.Command("sh", "-c", "while ip rule del pref 5; do :; done").Run()
+	s.withstand(t, 10*time.Second)
 }
 
 // Batches are sent while their node is killed 20 times. In the end every batch exists completely or not at all.

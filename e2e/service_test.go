@@ -270,9 +270,11 @@ type metrics struct {
 	InFlight    int                                `json:"requests_in_flight"`
 	ByRoute     map[string]map[string]int64        `json:"requests_by_route"`
 	Cassandra   struct {
-		Connected bool
-		Session   int
-		ClockSkew float64 `json:"clock_skew_ms"`
+		Connected   bool
+		Session     int
+		Hosts       int
+		HostsSilent int     `json:"hosts_silent"`
+		ClockSkew   float64 `json:"clock_skew_ms"`
 	}
 	Streams    int   `json:"streams_active"`
 	Rows       int64 `json:"rows_streamed"`
@@ -432,13 +434,14 @@ func useCrowd(t testing.TB) string {
 // proxy stands between a service and Cassandra and can fail as networks do.
 type proxy struct {
 	addr   string
-	delay  time.Duration // in each direction
-	credit atomic.Int64  // bytes that still pass; the others wait
-	conns  sync.Map      // net.Conn to bool: whether its bytes are dropped
+	delay  atomic.Int64 // nanoseconds, in each direction
+	credit atomic.Int64 // bytes that still pass; the others wait
+	passed atomic.Int64 // bytes
+	conns  sync.Map     // net.Conn to bool: whether its bytes are dropped
 }
 
-// startProxy starts a proxy to the tests' Cassandra, with TLS if certificates are given.
-func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...tls.Certificate) *proxy {
+// startProxy starts a proxy to a Cassandra, with TLS if certificates are given.
+func startProxy(t testing.TB, addr, cassandra string, certificates ...tls.Certificate) *proxy {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -446,7 +449,7 @@ func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...
 	if certificates != nil {
 		listener = tls.NewListener(listener, &tls.Config{Certificates: certificates})
 	}
-	p := &proxy{addr: listener.Addr().String(), delay: delay}
+	p := &proxy{addr: listener.Addr().String()}
 	p.credit.Store(math.MaxInt64)
 	t.Cleanup(func() {
 		listener.Close()
@@ -454,7 +457,7 @@ func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...
 	})
 	go func() {
 		for client, err := listener.Accept(); err == nil; client, err = listener.Accept() {
-			server, err := net.Dial("tcp", cassandraAddress())
+			server, err := net.Dial("tcp", cassandra)
 			if err != nil {
 				t.Error(err)
 				return
@@ -467,7 +470,7 @@ func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...
 }
 
 func startBehindProxy(t testing.TB, settings ...string) (*service, *proxy) {
-	p := startProxy(t, anyPort, 0)
+	p := startProxy(t, anyPort, cassandraAddress())
 	return startHealthy(t, append(settings, cassandraAt(p.addr)...)...), p
 }
 
@@ -482,6 +485,7 @@ func (p *proxy) pump(from, to net.Conn) {
 		for c := range delayed {
 			time.Sleep(time.Until(c.at))
 			to.Write(c.data)
+			p.passed.Add(int64(len(c.data)))
 		}
 	}()
 	defer close(delayed)
@@ -496,7 +500,7 @@ func (p *proxy) pump(from, to net.Conn) {
 		}
 		p.credit.Add(int64(-n))
 		if frozen, _ := p.conns.Load(from); frozen != true {
-			delayed <- chunk{time.Now().Add(p.delay), bytes.Clone(buf[:n])}
+			delayed <- chunk{time.Now().Add(time.Duration(p.delay.Load())), bytes.Clone(buf[:n])}
 		}
 	}
 }

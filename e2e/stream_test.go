@@ -183,7 +183,9 @@ func TestSlowNetwork(t *testing.T) {
 	const roundTrip = 520 * time.Millisecond
 	near := startHealthy(t)
 	want(t, near.do("POST /users/batch", batchOf(20, ada)), 201)
-	far := cassandraAt(startProxy(t, anyPort, roundTrip/2).addr)
+	slow := startProxy(t, anyPort, cassandraAddress())
+	slow.delay.Store(int64(roundTrip / 2))
+	far := cassandraAt(slow.addr)
 	small, large := start(t, append(far, inKeyspace+near.keyspace)...), start(t, append(far, useCrowd(t))...)
 	small.awaitHealthy(t, 3*20*roundTrip)
 	large.awaitHealthy(t, 3*20*roundTrip)
