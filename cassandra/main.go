@@ -144,14 +144,14 @@ func (l *launcher) parse(args []string) error {
 	fs.IntVar(&l.size, "nodes", 1, "start a cluster of `N` nodes on 127.0.0.1 to 127.0.0.N (Linux)")
 	fs.IntVar(&l.port, "port", 0, "accept CQL on `PORT` (default 9042, or a free port if 9042 is taken)")
 	fs.StringVar(&l.data, "data", "", "keep data and logs in `DIR` (default: a temporary folder)")
-	fs.DurationVar(&l.restart, "restart", 0, "restart a dead node after `DURATION`, on the same port and data")
+	fs.DurationVar(&l.restart, "restart", 0, "restart a dead node after `DURATION`, such as 5s, on the same port and data")
 	fs.StringVar(&l.rpcAddress, "rpc-address", "", "advertise `ADDR` to clients (the node still listens on 127.0.0.1)")
-	fs.StringVar(&l.pidFile, "pid", "", "write the node PIDs to `FILE`, one per line, in node order")
+	fs.StringVar(&l.pidFile, "pid", "", "write the process ids of the nodes to `FILE`, one per line")
 	fs.BoolVar(&l.auth, "auth", false, "require a user name and password; both are cassandra")
 	fs.Usage = func() {
 		fmt.Fprintln(fs.Output(), "usage: go run ./cassandra [flags] [COMMAND …]\n\n"+
-			"Without flags, uses a running Cassandra (CASSANDRA_HOSTS or localhost:9042) if there is one. Any flag\n"+
-			"starts a private one. -auth, -pid, -restart and -rpc-address are mostly for tests and demonstrations.")
+			"Runs COMMAND against a Cassandra that is already running, in CASSANDRA_HOSTS or on localhost:9042.\n"+
+			"If there is none, or with any flag, it starts a private one, which stops with COMMAND or on Ctrl-C.")
 		fs.PrintDefaults()
 	}
 	fs.Parse(args)
@@ -318,6 +318,7 @@ func (l *launcher) runCommand(settings []string) (status int) {
 		}
 		return 0
 	}
+	say("running %s (Ctrl-C stops it)", strings.Join(l.command, " "))
 	cmd := exec.Command(l.command[0], l.command[1:]...)
 	cmd.Env = append(os.Environ(), settings...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -379,7 +380,7 @@ func (l *launcher) startCluster() error {
 	}
 	l.cqlPort, l.storagePort = cqlPort, storagePort
 	for _, n := range l.nodes { // one after another, since nodes that join simultaneously conflict
-		say("starting Cassandra 5.0 on %s:%d; this takes about 15 s", n.address, l.cqlPort)
+		say("starting a private Cassandra 5.0 on %s:%d; this takes about 15 s", n.address, l.cqlPort)
 		if err := l.startNode(n); err != nil {
 			return err
 		}
