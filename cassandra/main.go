@@ -91,7 +91,7 @@ type launcher struct {
 	reaper   *exec.Cmd
 	reports  *os.File    // a pipe to the reaper
 	dir      string      // temporary
-	kept     string      // says where the data is, unless it is there
+	kept     string      // where the data is kept, with -data
 	locks    [2]*os.File // of -pid and -data, nil without the flag
 	reserved []io.Closer // ports
 
@@ -108,8 +108,8 @@ type node struct {
 }
 
 func main() {
-	// With a handler, a write to a closed pipe is a mere error, as when Ctrl-C ends the tee of `2>&1 | tee log`.
-	// COMMAND would inherit signal.Ignore, but inherits no handler.
+	// With a handler, a write to a closed pipe returns an error, as when Ctrl-C also ends the tee of `2>&1 | tee log`.
+	// COMMAND inherits no handler, while it would inherit signal.Ignore.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	if os.Args[0] == reaperName {
 		reap(os.Args[1], os.Args[2])
@@ -138,7 +138,7 @@ func run(args []string) (status int) {
 	return l.runCommand(nil)
 }
 
-// parse exits if args are not flags, or after -h.
+// parse reads the flags. It exits after an unknown flag, and after -h.
 func (l *launcher) parse(args []string) error {
 	fs := flag.NewFlagSet("cassandra", flag.ExitOnError)
 	fs.IntVar(&l.size, "nodes", 1, "start a cluster of `N` nodes on 127.0.0.1 to 127.0.0.N (Linux)")
@@ -207,7 +207,7 @@ func useExisting() bool {
 	return true
 }
 
-// connect fails unless a Cassandra accepts CQL, and the user.
+// connect fails if nothing accepts CQL there, or if the user is refused.
 func connect(host string, port int, user, password string) (*gocql.Session, error) {
 	cluster := gocql.NewCluster(net.JoinHostPort(host, fmt.Sprint(port)))
 	cluster.ProtoVersion = 4
@@ -268,7 +268,7 @@ func openLocked(name string) (*os.File, error) {
 	return f, nil
 }
 
-// end returns when the reaper has ended all processes, silently.
+// end silences the launcher, and returns when the reaper has ended all processes.
 func (l *launcher) end() {
 	quiet.Store(true)
 	l.mu.Lock()
@@ -447,7 +447,7 @@ func (l *launcher) startNode(n *node) error {
 	return nil
 }
 
-// responds reports whether the node responds on its port, and not another Cassandra that took the port first.
+// responds reports whether it is this node that accepts CQL, not another Cassandra that took the port first.
 func (l *launcher) responds(n *node) bool {
 	session, err := connect(n.address, l.cqlPort, superuser, superuser) // without -auth, any user is accepted
 	if err != nil {
