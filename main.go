@@ -118,7 +118,7 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
-	slog.Info("listening", "addr", listener.Addr().String())
+	slog.Info("listening", "addr", listener.Addr().String(), "docs", "http://"+listener.Addr().String()+"/docs")
 	select {
 	case err := <-served:
 		return fmt.Errorf("serving: %w", err)

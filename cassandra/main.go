@@ -91,7 +91,7 @@ type launcher struct {
 	reaper   *exec.Cmd
 	reports  *os.File    // a pipe to the reaper
 	dir      string      // temporary
-	kept     string      // says where the data is, unless it is there
+	kept     string      // where the data is kept, with -data
 	locks    [2]*os.File // of -pid and -data, nil without the flag
 	reserved []io.Closer // ports
 
@@ -109,8 +109,8 @@ type node struct {
 }
 
 func main() {
-	// With a handler, a write to a closed pipe is a mere error, as when Ctrl-C ends the tee of `2>&1 | tee log`.
-	// COMMAND would inherit signal.Ignore, but inherits no handler.
+	// With a handler, a write to a closed pipe returns an error, as when Ctrl-C also ends the tee of `2>&1 | tee log`.
+	// COMMAND inherits no handler, while it would inherit signal.Ignore.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	if os.Args[0] == reaperName {
 		reap(os.Args[1], os.Args[2])
@@ -139,20 +139,20 @@ func run(args []string) (status int) {
 	return l.runCommand(nil)
 }
 
-// parse exits if args are not flags, or after -h.
+// parse reads the flags. It exits after an unknown flag, and after -h.
 func (l *launcher) parse(args []string) error {
 	fs := flag.NewFlagSet("cassandra", flag.ExitOnError)
 	fs.IntVar(&l.size, "nodes", 1, "start a cluster of `N` nodes on 127.0.0.1 to 127.0.0.N (Linux)")
 	fs.IntVar(&l.port, "port", 0, "accept CQL on `PORT` (default 9042, or a free port if 9042 is taken)")
 	fs.StringVar(&l.data, "data", "", "keep data and logs in `DIR` (default: a temporary folder)")
-	fs.DurationVar(&l.restart, "restart", 0, "restart a dead node after `DURATION`, on the same port and data")
+	fs.DurationVar(&l.restart, "restart", 0, "restart a dead node after `DURATION`, such as 5s, on the same port and data")
 	fs.StringVar(&l.rpcAddress, "rpc-address", "", "advertise `ADDR` to clients, and the next addresses for further nodes")
-	fs.StringVar(&l.pidFile, "pid", "", "write the node PIDs to `FILE`, one per line, in node order")
+	fs.StringVar(&l.pidFile, "pid", "", "write the process ids of the nodes to `FILE`, one per line")
 	fs.BoolVar(&l.auth, "auth", false, "require a user name and password; both are cassandra")
 	fs.Usage = func() {
 		fmt.Fprintln(fs.Output(), "usage: go run ./cassandra [flags] [COMMAND …]\n\n"+
-			"Without flags, uses a running Cassandra (CASSANDRA_HOSTS or localhost:9042) if there is one. Any flag\n"+
-			"starts a private one. -auth, -pid, -restart and -rpc-address are mostly for tests and demonstrations.")
+			"Runs COMMAND against a Cassandra that is already running, in CASSANDRA_HOSTS or on localhost:9042.\n"+
+			"If there is none, or with any flag, it starts a private one, which stops with COMMAND or on Ctrl-C.")
 		fs.PrintDefaults()
 	}
 	fs.Parse(args)
@@ -208,7 +208,7 @@ func useExisting() bool {
 	return true
 }
 
-// connect fails unless a Cassandra accepts CQL, and the user.
+// connect fails if nothing accepts CQL there, or if the user is refused.
 func connect(host string, port int, user, password string) (*gocql.Session, error) {
 	cluster := gocql.NewCluster(net.JoinHostPort(host, fmt.Sprint(port)))
 	cluster.ProtoVersion = 4
@@ -269,7 +269,7 @@ func openLocked(name string) (*os.File, error) {
 	return f, nil
 }
 
-// end returns when the reaper has ended all processes, silently.
+// end silences the launcher, and returns when the reaper has ended all processes.
 func (l *launcher) end() {
 	quiet.Store(true)
 	l.mu.Lock()
@@ -319,6 +319,7 @@ func (l *launcher) runCommand(settings []string) (status int) {
 		}
 		return 0
 	}
+	say("running %s (Ctrl-C stops it)", strings.Join(l.command, " "))
 	cmd := exec.Command(l.command[0], l.command[1:]...)
 	cmd.Env = append(os.Environ(), settings...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -385,7 +386,7 @@ func (l *launcher) startCluster() error {
 	}
 	l.cqlPort, l.storagePort = cqlPort, storagePort
 	for _, n := range l.nodes { // one after another, since nodes that join simultaneously conflict
-		say("starting Cassandra 5.0 on %s:%d; this takes about 15 s", n.address, l.cqlPort)
+		say("starting a private Cassandra 5.0 on %s:%d; this takes about 15 s", n.address, l.cqlPort)
 		if err := l.startNode(n); err != nil {
 			return err
 		}
@@ -452,7 +453,7 @@ func (l *launcher) startNode(n *node) error {
 	return nil
 }
 
-// responds reports whether the node responds on its port, and not another Cassandra that took the port first.
+// responds reports whether it is this node that accepts CQL, not another Cassandra that took the port first.
 func (l *launcher) responds(n *node) bool {
 	session, err := connect(n.address, l.cqlPort, superuser, superuser) // without -auth, any user is accepted
 	if err != nil {

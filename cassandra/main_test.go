@@ -113,17 +113,16 @@ func TestStatus(t *testing.T) {
 func TestSignals(t *testing.T) {
 	const loop = "; exec 2> /dev/null; echo ready; i=0; while [ $i -lt 10 ]; do sleep 0.1; i=$((i+1)); done; exit 9"
 	tests := []struct {
-		name, script string
-		signal       syscall.Signal
-		want         int
-		wantOut      string
+		name, script, wantOut string
+		signal                syscall.Signal
+		want                  int
 	}{
-		{"SIGINT is forwarded once", "trap 'echo signal' INT" + loop, syscall.SIGINT, 9, "signal\n"},
-		{"SIGTERM is forwarded once", "trap 'echo signal' TERM" + loop, syscall.SIGTERM, 9, "signal\n"},
-		{"SIGHUP is forwarded once", "trap 'echo signal' HUP" + loop, syscall.SIGHUP, 9, "signal\n"},
-		{"child of go run drains", "(trap 'sleep 0.5; echo drained; exit' TERM" + loop + ") & wait", syscall.SIGTERM, 143, "drained\n"},
-		{"launcher killed", "trap 'echo asked; exit' TERM" + loop, syscall.SIGKILL, -1, "asked\n"},
-		{"parent killed", "trap 'echo asked; exit' TERM" + loop, syscall.SIGKILL, -1, "asked\n"},
+		{"SIGINT is forwarded once", "trap 'echo signal' INT" + loop, "signal\n", syscall.SIGINT, 9},
+		{"SIGTERM is forwarded once", "trap 'echo signal' TERM" + loop, "signal\n", syscall.SIGTERM, 9},
+		{"SIGHUP is forwarded once", "trap 'echo signal' HUP" + loop, "signal\n", syscall.SIGHUP, 9},
+		{"child of go run drains", "(trap 'sleep 0.5; echo drained; exit' TERM" + loop + ") & wait", "drained\n", syscall.SIGTERM, 143},
+		{"launcher killed", "trap 'echo asked; exit' TERM" + loop, "asked\n", syscall.SIGKILL, -1},
+		{"parent killed", "trap 'echo asked; exit' TERM" + loop, "asked\n", syscall.SIGKILL, -1},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -148,8 +147,7 @@ func TestForeignPIDFile(t *testing.T) {
 	for _, name := range []string{dir, foreign, dir + "/link", os.DevNull} {
 		cmd := launch(t, "-pid", name, "-data", dir+"/data", "true")
 		out, _ := cmd.CombinedOutput()
-		want := fmt.Sprintf("cassandra: invalid -pid %q; it exists and is not a list of PIDs\n", name)
-		finish(t, cmd, strings.NewReader(string(out)), 2, want)
+		finish(t, cmd, strings.NewReader(string(out)), 2, fmt.Sprintf("cassandra: invalid -pid %q; it exists and is not a list of PIDs\n", name))
 	}
 	if files, _ := os.ReadDir(dir); len(files) != 2 || read(foreign) != "12\nprecious\n" {
 		t.Errorf("the launcher touched %v, %q", files, read(foreign))

@@ -16,31 +16,26 @@ import (
 	"time"
 )
 
-// TestReadme follows the README: it starts the service by the first command and types every line after a "$ " of the sh
-// blocks. The output must be the README's, apart from ids, times, durations and tokens.
+// TestReadme starts the service by the README's first command and runs every sh block of its tour. The outputs must be the
+// README's, apart from ids, times, durations and tokens. An indented line continues the one before.
 func TestReadme(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("../README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	blocks := regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(text), -1)
-	cmd := exec.Command("sh", "-c", "exec "+strings.TrimPrefix(blocks[0][1], "$ "))
+	text, _ := os.ReadFile("../README.md")
+	tour := regexp.MustCompile("(?s)\n## A tour.*?\n## ").FindString(string(text))
+	blocks := regexp.MustCompile("(?s)```(sh|text|json)\n(.*?)```")
+	cmd := exec.Command("sh", "-c", "exec "+blocks.FindStringSubmatch(string(text))[2])
 	cmd.Dir = ".."
 	s := startCommand(t, cmd)
 	s.awaitHealthy(t, time.Minute)
 	promised, script := "", ""
-	for _, block := range blocks[2:] {
-		promised += block[1]
-		for line := range strings.Lines(block[1]) {
-			if command, isCommand := strings.CutPrefix(line, "$ "); isCommand {
-				command = strings.ReplaceAll(command, "localhost:8000", strings.TrimPrefix(s.url, "http://"))
-				script += "printf %s '" + strings.ReplaceAll(line, "'", `'\''`) + "'\n" + command
-			}
+	for _, block := range blocks.FindAllStringSubmatch(tour, -1) {
+		if promised += block[2]; block[1] == "sh" {
+			script += "cat << 'END'\n" + block[2] + "END\n" + strings.ReplaceAll(block[2], "localhost:8000", strings.TrimPrefix(s.url, "http://"))
 		}
 	}
 	printed, err := exec.Command("bash", "-c", script).Output()
-	got, want := mask(strings.ReplaceAll(string(printed), "\r", "")), mask(promised)
+	unwrap := strings.NewReplacer("\r", "", "\n ", "")
+	got, want := mask(unwrap.Replace(string(printed))), mask(unwrap.Replace(promised))
 	check(t, got == want, "%v; the tour printed\n%s\nthe README has\n%s\nIf the output is right, paste it there.", err, got, want)
 	s.wantExit(t, 0, 30*time.Second)
 }
@@ -48,37 +43,44 @@ func TestReadme(t *testing.T) {
 // mask hides everything that differs from run to run.
 func mask(text string) string {
 	return regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f-]{27}|[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z|(Date|ETag|Etag|X-Request-Id): .*|`+
-		`"(request_id|cassandra_version|keyspace)":"[^"]*"|"(duration|latency_ms)":[0-9.e-]+|page_state=[\w.-]+`).ReplaceAllString(text, "…")
+		`"(request_id|keyspace)":"[^"]*"|"(latency_ms|requests_per_second)":[0-9.e-]+|page_state=[\w.-]+`).ReplaceAllString(text, "…")
+}
+
+// TestReference compares the settings and the limits in docs/reference.md with the code.
+func TestReference(t *testing.T) {
+	t.Parallel()
+	reference, _ := os.ReadFile("../docs/reference.md")
+	code, _ := exec.Command("sh", "-c", "cat ../*.go | tr -s '[:space:]' ' '").Output()
+	help, _ := exec.Command(buildLauncher(), "-h").CombinedOutput()
+	check(t, strings.Contains(string(reference), string(help)), "docs/reference.md lacks\n%s", help)
+	settings := regexp.MustCompile(`(?:setting\(env, |env.getenv\()"(\w+)"(?:, "([^"]*)")?`).FindAllStringSubmatch(string(code), -1)
+	for _, s := range settings {
+		row := strings.TrimSuffix(fmt.Sprintf("\n| `%s` | `%s`", s[1], s[2]), "``")
+		check(t, strings.Contains(string(reference), row), "docs/reference.md lacks %q", row)
+	}
+	rows := regexp.MustCompile("\n\\| `[A-Z_]+` ").FindAllString(string(reference), -1)
+	check(t, len(rows) == len(settings), "docs/reference.md has the settings %q, the code %q", rows, settings)
+	units := strings.NewReplacer(" << 20", " MiB", " << 10", " KiB", " * time.Second", " s", " * time.Minute", " min", "_", ",")
+	for _, l := range regexp.MustCompile("([0-9,]+(?: \\w+)?) \\| `(\\w+)` \\|").FindAllStringSubmatch(string(reference), -1) {
+		check(t, strings.Contains(units.Replace(string(code)), l[2]+" = "+l[1]+" "), "the code has another %s than %s", l[2], l[1])
+	}
 }
 
 type object = map[string]any
 
-// at returns the part of a JSON document at a path, or a zero value.
+var openAPI any // docs/openapi.json
+
+// at returns the part of openapi.json at a path from node, or a zero value. It follows references.
 func at[T any](node any, path ...string) T {
-	for _, name := range path {
-		members, _ := node.(object)
-		node = members[name]
+	members, _ := node.(object)
+	if ref, ok := members["$ref"].(string); ok {
+		return at[T](openAPI, append(strings.Split(ref, "/")[1:], path...)...)
+	}
+	if len(path) > 0 {
+		return at[T](members[path[0]], path[1:]...)
 	}
 	value, _ := node.(T)
 	return value
-}
-
-// resolve replaces references by their targets.
-func resolve(root, node any) any {
-	switch node := node.(type) {
-	case object:
-		if ref, ok := node["$ref"].(string); ok {
-			return resolve(root, at[any](root, strings.Split(ref, "/")[1:]...))
-		}
-		for name, value := range node {
-			node[name] = resolve(root, value)
-		}
-	case []any:
-		for i, value := range node {
-			node[i] = resolve(root, value)
-		}
-	}
-	return node
 }
 
 // examples returns an example of each media type; "" stands for no content.
@@ -101,16 +103,16 @@ func examples(content object) map[string]string {
 func TestOpenAPI(t *testing.T) {
 	t.Parallel()
 	s := startHealthy(t)
-	root, operations := decode[any](t, s.do("GET /openapi.json", ""), 200), object{} // by pattern, such as "GET /users/{id}"
-	for path, item := range at[object](resolve(root, root), "paths") {
+	openAPI = decode[any](t, s.do("GET /openapi.json", ""), 200)
+	operations := object{} // by pattern, such as "GET /users/{id}"
+	for path, item := range at[object](openAPI, "paths") {
 		for method, operation := range at[object](item) {
 			if method != "parameters" {
 				operations[strings.ToUpper(method)+" "+path] = operation
 			}
 		}
 	}
-	endpoints := decode[struct{ Endpoints []string }](t, s.do("GET /", ""), 200).Endpoints
-	slices.Sort(endpoints)
+	endpoints := slices.Sorted(slices.Values(decode[struct{ Endpoints []string }](t, s.do("GET /", ""), 200).Endpoints))
 	documented := slices.Sorted(maps.Keys(operations))
 	check(t, slices.Equal(documented, endpoints), "openapi.json has %q, GET / lists %q", documented, endpoints)
 	for pattern, o := range operations {
