@@ -393,11 +393,41 @@ func TestSilentHosts(t *testing.T) {
 		check(t, rate > .4*normal && silent == 1, "want 40 %% of them, and 1 silent host")
 		tt.mend()
 		time.Sleep(3 * time.Second)
-		before := proxies[tt.host].passed.Load()
-		s.withstand(t, 2*time.Second)
-		check(t, proxies[tt.host].passed.Load() > before+50_000, "host %d has no share of the load", tt.host)
+		for i := range proxies {
+			proxies[i].passed.Store(0)
+		}
+		s.withstand(t, 3*time.Second)
+		share := proxies[tt.host].passed.Load()
+		all := proxies[0].passed.Load() + proxies[1].passed.Load() + proxies[2].passed.Load()
+		check(t, share*6 > all, "3 s later %d of %d bytes pass host %d, want about a third", share, all, tt.host)
 	}
 	check(t, s.metrics(t).Cassandra.Session == 1, "a session was replaced")
+}
+
+// The only node is far away, from the start or from some time on. It is slow, but healthy, and nothing is asked twice.
+func TestFarNode(t *testing.T) {
+	needsLong(t)
+	keyspace := inKeyspace + startHealthy(t).keyspace
+	for _, roundTrip := range []time.Duration{300 * time.Millisecond, 600 * time.Millisecond, time.Second} {
+		for _, isFarFirst := range []bool{true, false} {
+			p := startProxy(t, anyPort, cassandraAddress())
+			far := func() { p.delay.Store(int64(roundTrip / 2)) }
+			if isFarFirst {
+				far()
+			}
+			s, began := start(t, append(cassandraAt(p.addr), keyspace)...), time.Now()
+			s.awaitHealthy(t, 3*20*roundTrip)
+			trips := time.Since(began).Seconds() / roundTrip.Seconds()
+			t.Logf("round trip %s, far from the start: %t: healthy after %.1f round trips", roundTrip, isFarFirst, trips)
+			far()
+			time.Sleep(10 * time.Second) // of pings
+			before := s.metrics(t).Queries
+			concurrently(11, func(i int) { want(t, s.do([]string{"GET /users/stream", "GET /users"}[min(i, 1)], ""), 200) })
+			m := s.metrics(t)
+			sent, session := m.Queries-before, m.Cassandra.Session
+			check(t, sent == 11 && session == 1, "11 requests took %d queries in session %d, want 11 in 1", sent, session)
+		}
+	}
 }
 
 // A node that clients reach, but that is cut off from the other two, refuses what they send. The test runs itself and the
