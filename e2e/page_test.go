@@ -74,10 +74,10 @@ func (b *browser) call(method string, params object) object {
 		line, err := b.messages.ReadBytes(0)
 		var m object
 		if err != nil || json.Unmarshal(line[:len(line)-1], &m) != nil || m["error"] != nil {
-			b.t.Fatalf("%.500s: %v, %s", text, err, line)
+			b.t.Fatalf("%.500s: %v, %v", text, err, m)
 		}
 		if m["method"] == "Runtime.exceptionThrown" || at[string](m, "params", "entry", "source") == "security" {
-			b.failures = append(b.failures, string(line))
+			b.failures = append(b.failures, fmt.Sprint(m["params"]))
 		}
 		if m["id"] == float64(b.calls) {
 			return at[object](m, "result")
