@@ -32,8 +32,8 @@ type browser struct {
 
 // startBrowser skips the test if there is no Chromium.
 func startBrowser(t *testing.T) *browser {
-	program, err := exec.LookPath("chromium")
-	for _, name := range []string{"chromium-browser", "google-chrome"} {
+	program, err := exec.LookPath("google-chrome")
+	for _, name := range []string{"chromium", "chromium-browser"} {
 		if err != nil {
 			program, err = exec.LookPath(name)
 		}
@@ -42,8 +42,8 @@ func startBrowser(t *testing.T) *browser {
 		t.Skip("no browser: install chromium or google-chrome")
 	}
 	profile, _ := os.MkdirTemp(binaries, "")
-	cmd := exec.CommandContext(t.Context(), program, "--headless=new", "--no-sandbox", "--hide-scrollbars", "--remote-debugging-pipe",
-		"--user-data-dir="+profile)
+	cmd := exec.CommandContext(t.Context(), program, "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars",
+		"--remote-debugging-pipe", "--user-data-dir="+profile)
 	input, commands, _ := os.Pipe()
 	pipe, output, _ := os.Pipe()
 	cmd.ExtraFiles = []*os.File{input, output} // 3 and 4
