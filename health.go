@@ -77,25 +77,14 @@ type cluster struct {
 	tlsCA              string // a file of PEM certificates; "" is no TLS
 }
 
-// global holds the session shared by all requests, nil before the first connection.
+// global holds the session shared by all requests, which is safe for concurrent use.
 var global struct {
-	session atomic.Pointer[session]
-	cluster cluster // set once, before the first request
-}
-
-// session is a gocql session, safe for concurrent use. Sessions are numbered from 1.
-type session struct {
-	*gocql.Session
-	number int64
+	session atomic.Pointer[gocql.Session] // nil before the first connection
+	cluster cluster                       // set once, before the first request
 }
 
 // currentSession returns the global session. No handler that needs it is called before it exists.
-func currentSession() *gocql.Session {
-	if s := global.session.Load(); s != nil {
-		return s.Session
-	}
-	return nil
-}
+func currentSession() *gocql.Session { return global.session.Load() }
 
 // keepConnected keeps the global session connected until the returned function closes it.
 func keepConnected(c cluster) (disconnect func()) {
@@ -117,14 +106,14 @@ func keepConnected(c cluster) (disconnect func()) {
 // The driver reconnects a lost node by itself. But after a longer outage its session may
 // stay dead, where a node came back under an address that can't be reached.
 func watch(ctx context.Context, c cluster) {
-	for number := int64(1); ; number++ {
+	for {
 		s := c.openWithRetry(ctx)
 		if s == nil {
 			return
 		}
 		counters.connected.Store(true)
-		slog.Info("connected to Cassandra", "session", number, "keyspace", c.keyspace)
-		if old := global.session.Swap(&session{s, number}); old != nil {
+		slog.Info("connected to Cassandra", "session", counters.sessions.Add(1), "keyspace", c.keyspace)
+		if old := global.session.Swap(s); old != nil {
 			time.AfterFunc(queryTimeout, old.Close) // by then its last query has finished
 		}
 		for last := time.Now(); time.Since(last) < deadAfter && ctx.Err() == nil; sleep(ctx, pingInterval) {
@@ -481,17 +470,20 @@ const (
 )
 
 // outcomeOf classifies an error. Anything that is neither a response of Cassandra,
-// nor a wrong value, nor the end of a context, is a failed connection.
+// nor a wrong value, nor the end of a context, is a failed connection. Overloaded can
+// also come after a batch was logged or a transaction proposed (mutateAtomically and
+// commitPaxos in Cassandra's StorageProxy).
 func outcomeOf(err error) outcome {
 	query, _ := errors.AsType[*queryError](err)
 	_, cannotMarshal := errors.AsType[gocql.MarshalError](err)
 	_, cannotUnmarshal := errors.AsType[gocql.UnmarshalError](err)
 	code := codeOf(err)
 	isInvalid := code == gocql.ErrCodeProtocol || gocql.ErrCodeSyntax <= code && code <= gocql.ErrCodeAlreadyExists
+	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
 	switch {
 	case query == nil, cannotMarshal, cannotUnmarshal, isInvalid:
 		return bug
-	case isUnreachable(err), wasRefused(query, code):
+	case isUnreachable(err), isUnavailable(err), isOverloaded && (query.kind == read || query.kind == insert):
 		return notWritten
 	case query.kind != read:
 		return inDoubt
@@ -500,14 +492,6 @@ func outcomeOf(err error) outcome {
 		return late
 	}
 	return notWritten
-}
-
-// wasRefused reports whether Cassandra refused a query before it wrote anything.
-// Overloaded can also come after a batch was logged or a transaction proposed
-// (mutateAtomically and commitPaxos in Cassandra's StorageProxy).
-func wasRefused(query *queryError, code int) bool {
-	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
-	return isUnavailable(query) || isOverloaded && (query.kind == read || query.kind == insert)
 }
 
 // isUnavailable reports whether a host did nothing, since it could not reach enough

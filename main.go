@@ -204,7 +204,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 	return s, nil
 }
 
-// environment collects what is wrong with the settings read from it.
+// environment reads settings and collects the invalid ones.
 type environment struct {
 	getenv  func(string) string
 	invalid []string
@@ -264,7 +264,7 @@ func newRouter(cfg settings) *router {
 	return rt
 }
 
-// router is the route table and what all routes share.
+// router holds the route table and the state shared by all routes.
 type router struct {
 	settings
 	mux         *http.ServeMux
@@ -352,7 +352,8 @@ func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rec := &recorder{ResponseWriter: w, ResponseController: http.NewResponseController(w)}
 	rec.SetWriteDeadline(time.Time{}) // of the connection's last request
 	status := rec.finish(r, line.serve(rec, r))
-	line.stats.count(status, time.Since(start))
+	line.stats.statuses[status].Add(1)
+	line.stats.times.observe(time.Since(start))
 	if status == statusAborted || status == statusClientLeft {
 		panic(http.ErrAbortHandler) // the only way to make net/http abort the connection
 	}
@@ -392,7 +393,7 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 	return line.handler(w, r)
 }
 
-// admit checks what needs no body, and returns the request's deadline; zero is none.
+// admit runs the checks that need no body, and returns the request's deadline; zero is none.
 func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (deadline time.Time, err error) {
 	isSet, text := r.Header["X-Request-Timeout"] != nil, strings.Join(r.Header["X-Request-Timeout"], ",")
 	timeout, _ := time.ParseDuration(cmp.Or(text, "0") + "s")

@@ -152,10 +152,8 @@ type sessionState struct {
 }
 
 func observeSession() sessionState {
-	if s := global.session.Load(); s != nil {
-		return sessionState{number: s.number, open: !s.Closed()}
-	}
-	return sessionState{}
+	s := currentSession()
+	return sessionState{number: counters.sessions.Load(), open: s != nil && !s.Closed()}
 }
 
 // unchangedSince reports whether it is still the same open session.
@@ -285,7 +283,7 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	defer closeCluster()
 	var dialer countingDialer
 	var events []string
-	happened := func(event string) { events = append(events, event) }
+	happened := func(next ...string) { events = append(events, next...) }
 	if _, err := openNested(ctx, &dialer); err != nil {
 		return err
 	}
@@ -297,8 +295,7 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	if _, err := openNested(ctx, &dialer); err != nil {
 		return err
 	}
-	happened("cluster_works_after_session:True")
-	happened("cluster_closing")
+	happened("cluster_works_after_session:True", "cluster_closing")
 	closeCluster()
 	if waitUntil(func() bool { return dialer.open.Load() == 0 }, closeTimeout) {
 		happened("cluster_closed")
@@ -320,7 +317,7 @@ func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, er
 }
 
 // useNestedSession opens a session, streams in it twice and closes it.
-func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(string)) (int, error) {
+func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(...string)) (int, error) {
 	session, err := openNested(ctx, d)
 	if err != nil {
 		return 0, err
@@ -335,8 +332,7 @@ func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happe
 	if err := errors.Join(err, errAgain); err != nil {
 		return 0, err
 	}
-	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)))
-	happened("session_closing")
+	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)), "session_closing")
 	go session.Close()
 	if waitUntil(session.Closed, closeTimeout) {
 		happened("session_closed")

@@ -46,7 +46,7 @@ const (
 
 var streams = make(gate, maxStreams)
 
-// table is what a scan needs to know of a table whose key is a random UUID.
+// table describes a table for scans; its key is a random UUID.
 type table struct {
 	name           string
 	selectRange    string // rows behind one token, up to another
@@ -172,7 +172,7 @@ func newScan(t *table) *scan {
 // more reports whether rows remain and the scan has not reached its end.
 func (s *scan) more() bool { return s.left > 0 && s.from < s.end }
 
-// fetched is a page of a slice, or why there is none.
+// fetched is a page of a slice, or the error that prevented it.
 type fetched struct {
 	page
 	err   error

@@ -334,9 +334,8 @@ func compareAndSet(ctx context.Context, u *user, change func(*user)) (applied bo
 	if change == nil {
 		return runTransaction(ctx, u.ID, deleteUser+condition, values...)
 	}
-	before := u.UpdatedAt
 	change(u)
-	u.UpdatedAt = max(time.Now().UnixMilli(), before+1) // each version of a user has its own
+	u.UpdatedAt = max(time.Now().UnixMilli(), u.UpdatedAt+1) // each version of a user has its own
 	return runTransaction(ctx, u.ID, updateUser+condition, append(u.columns()[2:], values...)...)
 }
 
@@ -372,7 +371,7 @@ func isAddress(text string) bool {
 
 // What follows serves every resource.
 
-// record is what every row has.
+// record holds the columns that every table has.
 type record struct {
 	ID                   uuid.UUID
 	CreatedAt, UpdatedAt int64 // milliseconds since 1970, the precision of Cassandra's timestamp
@@ -437,7 +436,7 @@ func runTransaction(ctx context.Context, id uuid.UUID, statement string, values 
 }
 
 // turns make transactions on the same row wait for each other, since concurrent
-// ones time out. A row shares its turn with few others, which nobody can choose.
+// ones time out. A row shares its turn with few others, and clients can't choose which.
 var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
 	for i := range gates {
 		gates[i] = make(gate, 1)
@@ -575,7 +574,7 @@ func pathID(r *http.Request) (uuid.UUID, error) {
 
 var visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
 
-// readPost returns the body, the Idempotency-Key or "", and what is wrong with that.
+// readPost returns the body, the Idempotency-Key or "", and their errors.
 func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldError, err error) {
 	body, err = readJSON(r, "application/json")
 	keys := r.Header["Idempotency-Key"]
