@@ -47,9 +47,7 @@ const (
 	backAfter      = 3 * time.Second  // without silence, a host is back
 	hostInterval   = time.Second / 10 // between looks at the hosts
 	hedgeDelay     = maxSilence + 2*hostInterval
-)
 
-const (
 	selectKeyspace = `SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = ?`
 	selectTables   = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ?`
 	createKeyspace = `CREATE KEYSPACE IF NOT EXISTS "%s" WITH replication = `
@@ -67,14 +65,12 @@ var errNotConnected = queryErrorf(read, gocql.ErrNoConnections, "not connected t
 
 // cluster is the configuration of the connection to Cassandra.
 type cluster struct {
-	hosts              []string
-	port               int
-	keyspace           string
-	datacenter         string // "" is any
-	consistency        string
-	replication        string // a CQL map, for a missing keyspace
-	username, password string // "" is no authentication
-	tlsCA              string // a file of PEM certificates; "" is no TLS
+	hosts                    []string
+	port                     int
+	keyspace, datacenter     string // datacenter: "" is any
+	consistency, replication string // replication: a CQL map, for a missing keyspace
+	username, password       string // "" is no authentication
+	tlsCA                    string // a file of PEM certificates; "" is no TLS
 }
 
 // global holds the session shared by all requests, which is safe for concurrent use.
@@ -299,14 +295,14 @@ func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Sessio
 	var s *gocql.Session
 	created := make(chan error, 1)
 	go func() {
+		var err error
 		defer func() {
 			if v := recover(); v != nil {
-				created <- fmt.Errorf("panic: %v", v)
+				err = fmt.Errorf("panic: %v", v)
 			}
+			created <- err
 		}()
-		var err error
 		s, err = cfg.CreateSession()
-		created <- err
 	}()
 	select {
 	case err := <-created:
@@ -433,20 +429,18 @@ func (c *conn) Close() error {
 
 // queryError is a failed query. Every store function returns its failures as one.
 type queryError struct {
-	doing string // "inserting user 1b4e…"
+	error // "inserting user 1b4e…: the driver's error"
 	kind  queryKind
-	err   error
 }
 
-func (e *queryError) Error() string { return e.doing + ": " + e.err.Error() }
-func (e *queryError) Unwrap() error { return e.err }
+func (e *queryError) Unwrap() error { return errors.Unwrap(e.error) }
 
 // queryErrorf describes a failed query. It returns nil if err is nil.
 func queryErrorf(kind queryKind, err error, doing string, args ...any) error {
 	if err == nil {
 		return nil
 	}
-	return &queryError{doing: fmt.Sprintf(doing, args...), kind: kind, err: err}
+	return &queryError{fmt.Errorf(doing+": %w", append(args, err)...), kind}
 }
 
 // queryKind decides what a failure guarantees.
@@ -613,8 +607,8 @@ func parseReplication(text string) (string, bool) {
 	ok := regexp.MustCompile(`^[\w.-]+:[1-9]\d?(,[\w.-]+:[1-9]\d?)*$`).MatchString(text)
 	name := regexp.MustCompile(`([\w.-]+):`)
 	names := slices.Sorted(slices.Values(name.FindAllString(text, -1)))
-	options := name.ReplaceAllString(text, "'$1': ")
-	return "{'class': 'NetworkTopologyStrategy', " + options + "}", ok && len(slices.Compact(names)) == strings.Count(text, ":")
+	text = "{'class': 'NetworkTopologyStrategy', " + name.ReplaceAllString(text, "'$1': ") + "}"
+	return text, ok && len(slices.Compact(names)) == len(names)
 }
 
 func parseCertificates(file string) (string, bool) {
@@ -636,9 +630,6 @@ func getHealth(w http.ResponseWriter, r *http.Request) error {
 	}
 	if shutdown.draining.Load() {
 		status, health = http.StatusServiceUnavailable, "draining"
-	}
-	if status != http.StatusOK {
-		w.Header().Set("Retry-After", "1")
 	}
 	return writeJSON(w, status, map[string]any{
 		"status": health, "cassandra": cassandra, "cassandra_connected": cassandra == "connected",

@@ -69,6 +69,7 @@ var (
 
 	// errShutdown is the cancellation cause of requests still active at SHUTDOWN_TIMEOUT.
 	errShutdown  = errors.New("the service is shutting down")
+	errNotFound  = errors.New("not found") // wrapped with the name of the resource
 	validID      = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 	validSeconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
 	// forwarding matches the headers that proxies add.
@@ -132,9 +133,7 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 // limitSendBuffer keeps the socket's send buffer small, so that the progress of
 // writes reflects how fast the client reads.
 func limitSendBuffer(ctx context.Context, conn net.Conn) context.Context {
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		tcp.SetWriteBuffer(sendBuffer)
-	}
+	conn.(*net.TCPConn).SetWriteBuffer(sendBuffer)
 	return ctx
 }
 
@@ -239,10 +238,10 @@ func newRouter(cfg settings) *router {
 	handle("POST /users/batch", postBatch)
 	handle("GET /users/stream", streams.limit("streams", usersTable.stream), noDeadline)
 	handle("GET /users/stream/pages", streams.limit("streams", usersTable.getPage))
-	handle("GET /users/{id}", getUser)
-	handle("PUT /users/{id}", editUser)
-	handle("PATCH /users/{id}", editUser)
-	handle("DELETE /users/{id}", removeUser)
+	handle("GET /users/{id}", withID(getUser))
+	handle("PUT /users/{id}", withID(editUser))
+	handle("PATCH /users/{id}", withID(editUser))
+	handle("DELETE /users/{id}", withID(removeUser))
 	handle("GET /performance/async", selfTests.queue(measure("async")))
 	handle("GET /performance/sync", selfTests.queue(measure("sync")))
 	handle("GET /slow_query", slowQuery(5*time.Second, "Slow query completed"))
@@ -328,7 +327,7 @@ func (rt *router) refuseUnmatched(w http.ResponseWriter, r *http.Request) error 
 		}
 	}
 	if allowed == nil {
-		return notFound("No such path; GET / lists the endpoints")
+		return refuse(http.StatusNotFound, "No such path; GET / lists the endpoints")
 	}
 	w.Header().Set("Allow", strings.Join(allowed, ", "))
 	return refuse(http.StatusMethodNotAllowed, "Allowed methods: "+w.Header().Get("Allow"))
@@ -499,7 +498,9 @@ type recorder struct {
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *recorder) WriteHeader(status int) {
-	w.status = status
+	if w.status = status; status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
@@ -545,9 +546,6 @@ func (w *recorder) finish(r *http.Request, err error) int {
 	body, _ := json.Marshal(p)
 	switch {
 	case w.status == 0:
-		if p.Status == http.StatusServiceUnavailable {
-			w.Header().Set("Retry-After", "1")
-		}
 		for name, only := range map[string]int{"ETag": http.StatusPreconditionFailed, "Location": http.StatusGatewayTimeout} {
 			if p.Status != only { // the handler set it for another outcome
 				w.Header().Del(name)
@@ -592,11 +590,6 @@ func invalid(errs ...fieldError) *problem {
 
 func refuse(status int, detail string) *problem { return &problem{Status: status, Detail: detail} }
 
-// notFound is an error that becomes a 404 response.
-type notFound string
-
-func (e notFound) Error() string { return string(e) }
-
 // asProblem maps every error to a response; the driver's text only goes to the log.
 // cause is why the request's context ended, its own deadline aside: the client left,
 // or a drain timed out.
@@ -604,11 +597,10 @@ func asProblem(cause, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
 	}
-	_, isMissing := errors.AsType[notFound](err)
 	switch outcome := outcomeOf(err); {
 	case cause != nil && cause != errShutdown:
 		return refuse(statusClientLeft, "")
-	case isMissing:
+	case errors.Is(err, errNotFound):
 		return refuse(http.StatusNotFound, err.Error())
 	case errors.Is(err, errTagMismatch):
 		return refuse(http.StatusPreconditionFailed, "If-Match does not match the user's current ETag")
@@ -644,12 +636,8 @@ func writeBody(w http.ResponseWriter, status int, contentType string, parts ...[
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(size))
 	w.WriteHeader(status)
-	for _, part := range parts {
-		if _, err := w.Write(part); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := (*net.Buffers)(&parts).WriteTo(w)
+	return err
 }
 
 // getRoot handles GET /, the liveness probe, which never touches Cassandra.

@@ -39,13 +39,12 @@ const (
 	defaultList   = 10     // users in a response of GET /users
 	maxList       = 100    // users
 	maxMemberName = 100    // bytes; longer names are not echoed
-)
 
-// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ.
-// A later transaction carries a ballot from a node's clock. If that lay before the
-// INSERT's timestamp, the change would be reported as applied and silently lost. The
-// id is new, so no older write shadows the row, and repeating the INSERT is harmless.
-const insertAge = 24 * time.Hour
+	// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ. A later transaction carries
+	// a ballot from a node's clock. If that lay before the INSERT's timestamp, the change would be reported as applied
+	// and silently lost. The id is new, so no older write shadows the row, and repeating the INSERT is harmless.
+	insertAge = 24 * time.Hour
+)
 
 const (
 	userColumns      = `id, created_at, updated_at, name, email, age` // in the order of user.columns
@@ -74,9 +73,8 @@ var usersTable = &table{
 	newRow: func() row { return new(user) },
 }
 
-const errNoUser = notFound("User not found")
-
 var errTagMismatch, errKeyReused = errors.New("If-Match does not match"), errors.New("idempotency key was reused")
+var errNoUser = fmt.Errorf("User %w", errNotFound)
 
 // user is a row of the users table. Null columns, which this service never
 // writes, read as zero values.
@@ -195,11 +193,7 @@ func appendBatch(users []user) []byte {
 
 // getUser handles GET /users/{id}. With Cache-Control: no-cache it first settles
 // a transaction on the user that was left unfinished.
-func getUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+func getUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) error {
 	caching := strings.ToLower(strings.Join(r.Header["Cache-Control"], ","))
 	u, err := readUser(r.Context(), id, strings.Contains(caching, "no-cache"))
 	if err != nil {
@@ -214,14 +208,10 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 }
 
 // editUser handles PUT and PATCH /users/{id}.
-func editUser(w http.ResponseWriter, r *http.Request) error {
+func editUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) error {
 	mediaTypes, replace := []string{"application/json"}, r.Method == http.MethodPut
 	if !replace {
 		mediaTypes = append(mediaTypes, "application/merge-patch+json")
-	}
-	id, err := pathID(r)
-	if err != nil {
-		return err
 	}
 	body, err := readJSON(r, mediaTypes...)
 	if err != nil {
@@ -245,11 +235,7 @@ func editUser(w http.ResponseWriter, r *http.Request) error {
 
 // removeUser handles DELETE /users/{id}. Deleting a missing user is not an error,
 // unless the request has If-Match.
-func removeUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+func removeUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) (err error) {
 	var u user
 	if tags := r.Header["If-Match"]; tags == nil {
 		_, err = runTransaction(r.Context(), id, deleteUser+ifExists, gocql.UUID(id))
@@ -313,16 +299,23 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error
 // change is nil, it deletes the user. If ifMatch is not nil and has other tags, it
 // returns the current user and errTagMismatch.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
-	err = untilApplied(ctx, id, func() (applied bool, err error) {
+	turn := turnOf(string(id[:]))
+	if err := turn.wait(ctx); err != nil {
+		return u, err
+	}
+	defer turn.leave()
+	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
 		if u, err = readUser(ctx, id, false); err != nil {
-			return false, err
+			return u, err
 		}
 		if ifMatch != nil && !matches(ifMatch, u.etag()) {
-			return false, errTagMismatch
+			return u, errTagMismatch
 		}
-		return compareAndSet(ctx, &u, change)
-	})
-	return u, err
+		if applied, err := compareAndSet(ctx, &u, change); applied || err != nil {
+			return u, err
+		}
+		sleep(ctx, rand.N(pause)) // an edit on another instance came first
+	}
 }
 
 // compareAndSet writes the change if the user is still as it was read.
@@ -411,21 +404,6 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 	return nil
 }
 
-// untilApplied attempts an edit of a row until it is applied or fails.
-func untilApplied(ctx context.Context, id uuid.UUID, attempt func() (applied bool, err error)) error {
-	turn := turnOf(string(id[:]))
-	if err := turn.wait(ctx); err != nil {
-		return err
-	}
-	defer turn.leave()
-	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
-		if applied, err := attempt(); applied || err != nil {
-			return err
-		}
-		sleep(ctx, rand.N(pause)) // an edit on another instance came first
-	}
-}
-
 // runTransaction runs a lightweight transaction on one row.
 func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
 	return ask(ctx, false, func(ctx context.Context) (bool, error) {
@@ -459,7 +437,7 @@ func readFields(fields []field, object json.RawMessage, at string, all bool) (er
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
 	}
-	seen, given := map[string]bool{}, 0
+	seen := map[string]bool{}
 	for name, value := range members(object) {
 		pointer, rule := at+"/"+pointerEscaper.Replace(name), ""
 		i := slices.IndexFunc(fields, func(f field) bool { return f.name == name })
@@ -479,14 +457,13 @@ func readFields(fields []field, object json.RawMessage, at string, all bool) (er
 			errs = append(errs, inBody(pointer, rule))
 		}
 	}
+	isSeen := func(f field) bool { return seen[f.name] }
 	for _, f := range fields {
-		if seen[f.name] {
-			given++
-		} else if all && !f.set(json.RawMessage("null")) { // an optional field accepts null
+		if all && !isSeen(f) && !f.set(json.RawMessage("null")) { // an optional field accepts null
 			errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
 		}
 	}
-	if errs == nil && given == 0 {
+	if errs == nil && !slices.ContainsFunc(fields, isSeen) {
 		errs = append(errs, inBody(at, "must have at least one of "+namesOf(fields)))
 	}
 	return errs
@@ -561,18 +538,16 @@ func readInteger(value json.RawMessage, to *int) bool {
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
 
-// pathID returns the {id} of the path. uuid.Parse alone also accepts braces, a
-// urn: prefix and 32 digits without dashes.
-func pathID(r *http.Request) (uuid.UUID, error) {
-	text := r.PathValue("id")
-	id, err := uuid.Parse(text)
-	if err != nil || len(text) != 36 {
-		return uuid.Nil, refuse(http.StatusBadRequest, "Invalid UUID format")
+// withID passes the {id} of the path. uuid.Parse alone also accepts braces, a urn: prefix and 32 digits without dashes.
+func withID(h func(w http.ResponseWriter, r *http.Request, id uuid.UUID) error) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		id, err := uuid.Parse(r.PathValue("id"))
+		if err != nil || len(r.PathValue("id")) != 36 {
+			return refuse(http.StatusBadRequest, "Invalid UUID format")
+		}
+		return h(w, r, id)
 	}
-	return id, nil
 }
-
-var visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
 
 // readPost returns the body, the Idempotency-Key or "", and their errors.
 func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldError, err error) {
@@ -586,8 +561,9 @@ func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldEr
 }
 
 var (
-	entityTag = regexp.MustCompile(`(W/)?"[^"]*"`)
-	tagList   = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
+	visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
+	entityTag    = regexp.MustCompile(`(W/)?"[^"]*"`)
+	tagList      = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
 )
 
 // matches reports whether a list of entity tags has the tag or is *. A malformed
