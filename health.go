@@ -1,6 +1,5 @@
-// This file is the connection to Cassandra: the driver's settings, the one global
-// session that every request uses, how it is connected, watched and replaced,
-// what a failed query means, and GET /health.
+// This file is the connection to Cassandra: the driver's settings, the one global session that every request uses,
+// how it is connected, watched and replaced, what a failed query means, and GET /health.
 
 package main
 
@@ -98,9 +97,8 @@ func keepConnected(c cluster) (disconnect func()) {
 	}
 }
 
-// watch opens a session, pings it, and replaces it if it does not respond for a while.
-// The driver reconnects a lost node by itself. But after a longer outage its session may
-// stay dead, where a node came back under an address that can't be reached.
+// watch opens a session, pings it, and replaces it if it does not respond for a while. The driver reconnects a lost
+// node by itself. But after a longer outage its session may stay dead, if a node's new address can't be reached.
 func watch(ctx context.Context, c cluster) {
 	for {
 		s := c.openWithRetry(ctx)
@@ -120,8 +118,8 @@ func watch(ctx context.Context, c cluster) {
 	}
 }
 
-// ping reads the node's clock and recreates missing tables. Its queries are not counted. It
-// reports whether it succeeded, or other queries did meanwhile, as under overload.
+// ping reads the node's clock and recreates missing tables. Its queries are not counted. It reports whether it
+// succeeded, or other queries did meanwhile, as under overload.
 func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
@@ -179,8 +177,8 @@ func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
 	return s, err
 }
 
-// createMissing creates what a lookup does not find. So a role without CREATE works, and instances
-// that start together rarely create a table twice, which a cluster may not sort out.
+// createMissing creates what a lookup does not find. So a role without CREATE works, and instances that start
+// together rarely create a table twice, which a cluster may not sort out.
 func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup string, create map[string]string) error {
 	missing, name := maps.Clone(create), ""
 	rows := s.Query(lookup, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(nil).Iter()
@@ -231,8 +229,8 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
 }
 
-// policy is the driver's policy, which prefers replicas, except that lagging hosts come
-// last. It reads the replication in the background, which takes 14 round trips.
+// policy is the driver's policy, which prefers replicas, except that lagging hosts come last. It reads the
+// replication in the background, which takes 14 round trips.
 type policy struct {
 	gocql.HostSelectionPolicy
 	dialer *countingDialer
@@ -260,8 +258,8 @@ func (p policy) Pick(query gocql.ExecutableQuery) gocql.NextHost {
 	}
 }
 
-// ask runs a query. It runs it once more, on another host, if the first host refused it before
-// anything was written, or if it is repeatable and the first host was slow or did not complete it.
+// ask runs a query. It runs it once more, on another host, if the first host refused it before anything was written,
+// or if it is repeatable and the first host was slow or did not complete it.
 func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
 	dialer := &counters.connections
 	if dialer.hosts.Load() < 2 {
@@ -317,8 +315,7 @@ func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Sessio
 	}
 }
 
-// countingDialer counts the driver's connections, since the driver doesn't report when
-// it closes one, and knows which hosts lag.
+// countingDialer counts connections, since the driver doesn't report when it closes one, and knows which hosts lag.
 type countingDialer struct {
 	open, opened, failed atomic.Int64 // connections
 	byAddress            sync.Map     // of *host
@@ -347,11 +344,10 @@ func (d *countingDialer) host(addr string) *host {
 	return h.(*host)
 }
 
-// conn is a connection that gathers writes. The driver writes each request by
-// itself, and a system call for each is what limits its rate. Here Write only
-// appends to a buffer and wakes send, which sends everything that has arrived by
-// then. No request waits for a timer, and under load many share one call. A
-// request that was accepted may have been sent, so it never counts as not written.
+// conn is a connection that gathers writes. The driver writes each request by itself, and a system call for each is
+// what limits its rate. Here Write only appends to a buffer and wakes send, which sends everything that has arrived
+// by then. No request waits for a timer, and under load many share one call. A request that was accepted may have
+// been sent, so it never counts as not written.
 type conn struct {
 	net.Conn
 	dialer  *countingDialer
@@ -391,8 +387,8 @@ func (c *conn) Read(response []byte) (int, error) {
 	return n, err
 }
 
-// send sends what Write accepts until the connection is closed. If that fails, it
-// closes the connection, so the driver fails all requests that await a response.
+// send sends what Write accepts until the connection is closed. If that fails, it closes the connection, so the
+// driver fails all requests that await a response.
 func (c *conn) send() {
 	var requests []byte
 	for range c.wake {
@@ -463,10 +459,9 @@ const (
 	inDoubt                   // the write may or may not have been applied, now or later
 )
 
-// outcomeOf classifies an error. Anything that is neither a response of Cassandra,
-// nor a wrong value, nor the end of a context, is a failed connection. Overloaded can
-// also come after a batch was logged or a transaction proposed (mutateAtomically and
-// commitPaxos in Cassandra's StorageProxy).
+// outcomeOf classifies an error. Anything that is neither a response of Cassandra, nor a wrong value, nor the end of
+// a context, is a failed connection. Overloaded can also come after a batch was logged or a transaction proposed
+// (mutateAtomically and commitPaxos in Cassandra's StorageProxy).
 func outcomeOf(err error) outcome {
 	query, _ := errors.AsType[*queryError](err)
 	_, cannotMarshal := errors.AsType[gocql.MarshalError](err)
@@ -477,7 +472,7 @@ func outcomeOf(err error) outcome {
 	switch {
 	case query == nil, cannotMarshal, cannotUnmarshal, isInvalid:
 		return bug
-	case isUnreachable(err), isUnavailable(err), isOverloaded && (query.kind == read || query.kind == insert):
+	case isUnreachable(err), isUnavailable(query), isOverloaded && (query.kind == read || query.kind == insert):
 		return notWritten
 	case query.kind != read:
 		return inDoubt
@@ -488,8 +483,8 @@ func outcomeOf(err error) outcome {
 	return notWritten
 }
 
-// isUnavailable reports whether a host did nothing, since it could not reach enough
-// replicas. After a transaction's proposal the refusal names no serial consistency.
+// isUnavailable reports whether a host did nothing, since it could not reach enough replicas. After a transaction's
+// proposal the refusal names no serial consistency.
 func isUnavailable(err error) bool {
 	refusal, ok := errors.AsType[*gocql.RequestErrUnavailable](err)
 	if query, isQuery := errors.AsType[*queryError](err); ok && isQuery && query.kind == edit {

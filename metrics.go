@@ -1,6 +1,5 @@
-// This file counts what the service does and shows it at GET /metrics, as JSON
-// and in Prometheus' text format, in the manner of expvar: atomic counters that
-// the middleware and the driver's observers fill. It never touches Cassandra.
+// This file counts what the service does and shows it at GET /metrics, as JSON and in Prometheus' text format, in the
+// manner of expvar: atomic counters that the middleware and the driver's observers fill. It never touches Cassandra.
 
 package main
 
@@ -28,8 +27,7 @@ import (
 
 const rateWindow = time.Minute // that queries_per_second covers
 
-// bounds are the histograms' upper bounds in seconds: a point read takes about
-// one millisecond, and no page more than 12 s.
+// bounds are the histograms' upper bounds in seconds: a point read takes about one millisecond, a page at most 12 s.
 var bounds = [...]float64{.0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 60}
 
 // counters are written where things happen and read by GET /metrics, as in expvar.
@@ -43,7 +41,7 @@ var counters = struct {
 	lastResponse atomic.Int64   // of Cassandra to a query, in nanoseconds since started
 	skew         atomic.Int64   // nanoseconds from this clock to the node's
 	connected    atomic.Bool    // result of the last ping
-	sessions     atomic.Int64   // opened so far, which numbers them from 1
+	sessions     atomic.Int64   // opened so far: the number of the current one
 	connections  countingDialer // of the global session and of attempts to open one
 	queryHistory history
 	queryTimes   histogram
@@ -127,8 +125,7 @@ type host struct {
 
 func (h *host) isSilent() bool { return h.waiting.Load() != 0 && elapsed(&h.waiting) > maxSilence }
 
-// lags reports whether queries should go to other hosts. An ill host gets one query per
-// maxSilence, until one is quick.
+// lags reports whether queries should go to other hosts. An ill host gets one query per maxSilence until one is quick.
 func (h *host) lags() bool {
 	ill := h.ill.Load()
 	if ill == 0 || h.isSilent() {
@@ -292,8 +289,7 @@ func requestsByRoute() (counts map[string]map[string]int64, total int64) {
 	return counts, total
 }
 
-// preferred negotiates the content type: it returns the offer with the highest
-// q in Accept, or the first one on a tie or without a match.
+// preferred returns the offer with the highest q in Accept, or the first one on a tie or without a match.
 func preferred(r *http.Request, offers ...string) string {
 	best, bestQ := offers[0], 0.0
 	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {

@@ -1,6 +1,5 @@
-// This file is the user: its type, its rules, its CQL and its JSON. It shows
-// prepared statements, lightweight transactions, a logged batch, idempotent
-// retries, conditional edits and strict JSON. A copy of it is a second resource.
+// This file is the user: its type, rules, CQL and JSON. It shows prepared statements, lightweight transactions, a
+// logged batch, idempotent retries, conditional edits and strict JSON. A copy of it is a second resource.
 
 package main
 
@@ -63,7 +62,7 @@ const (
 	insertKey = `INSERT INTO idempotency_keys (key, created_at, fingerprint, ids) VALUES (?, ?, ?, ?) IF NOT EXISTS`
 )
 
-// usersTable is what a scan needs to know of the users table.
+// usersTable describes the users table for scans.
 var usersTable = &table{
 	name:        "users",
 	maxFilter:   maxAge,
@@ -73,19 +72,19 @@ var usersTable = &table{
 	newRow: func() row { return new(user) },
 }
 
-var errTagMismatch, errKeyReused = errors.New("If-Match does not match"), errors.New("idempotency key was reused")
-var errNoUser = fmt.Errorf("User %w", errNotFound)
+const errNoUser = notFound("User not found")
 
-// user is a row of the users table. Null columns, which this service never
-// writes, read as zero values.
+var errTagMismatch, errKeyReused = errors.New("If-Match does not match"), errors.New("idempotency key was reused")
+
+// user is a row of the users table. Null columns, which this service never writes, read as zero values.
 type user struct {
 	record
 	Name, Email string
 	Age         int
 }
 
-// columns returns pointers to the fields in the order of userColumns. Scan fills them,
-// an INSERT binds what they point to, and updateUser sets the third and later ones.
+// columns returns pointers to the fields in the order of userColumns. Scan fills them, an INSERT binds what they
+// point to, and updateUser sets the third and later ones.
 func (u *user) columns() []any {
 	return []any{(*gocql.UUID)(&u.ID), &u.CreatedAt, &u.UpdatedAt, &u.Name, &u.Email, &u.Age}
 }
@@ -149,8 +148,7 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
 }
 
-// postBatch handles POST /users/batch. It writes nothing unless all elements are
-// valid and small enough together.
+// postBatch handles POST /users/batch. It writes nothing unless all elements are valid and small enough together.
 func postBatch(w http.ResponseWriter, r *http.Request) error {
 	body, key, errs, err := readPost(r)
 	if err != nil {
@@ -191,8 +189,7 @@ func appendBatch(users []user) []byte {
 	return append(b[:len(b)-1], "]}\n"...)
 }
 
-// getUser handles GET /users/{id}. With Cache-Control: no-cache it first settles
-// a transaction on the user that was left unfinished.
+// getUser handles GET /users/{id}. With Cache-Control: no-cache it first settles an unfinished transaction on the user.
 func getUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) error {
 	caching := strings.ToLower(strings.Join(r.Header["Cache-Control"], ","))
 	u, err := readUser(r.Context(), id, strings.Contains(caching, "no-cache"))
@@ -233,8 +230,7 @@ func editUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) error {
 	return writeUser(w, http.StatusOK, &u)
 }
 
-// removeUser handles DELETE /users/{id}. Deleting a missing user is not an error,
-// unless the request has If-Match.
+// removeUser handles DELETE /users/{id}. Deleting a missing user is not an error, unless the request has If-Match.
 func removeUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) (err error) {
 	var u user
 	if tags := r.Header["If-Match"]; tags == nil {
@@ -250,8 +246,8 @@ func removeUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) (err error
 	return nil
 }
 
-// createUsers writes new users, or the same users again. Of a logged batch all are
-// written or, eventually, none, but for a moment a reader may see some of them.
+// createUsers writes new users, or the same users again. Of a logged batch all are written or, eventually, none, but
+// for a moment a reader may see some of them.
 func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
 	if key != "" {
 		records, sent := make([]*record, len(users)), []byte("users")
@@ -279,8 +275,8 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 	return err
 }
 
-// readUser returns a user or errNoUser. A linearizable read first settles a
-// transaction that was left unfinished, so its result can't change later.
+// readUser returns a user or errNoUser. A linearizable read first settles a transaction that was left unfinished, so
+// its result can't change later.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
 	return ask(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
@@ -295,9 +291,8 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error
 	})
 }
 
-// changeUser applies a change to the current user and returns the user as written. If
-// change is nil, it deletes the user. If ifMatch is not nil and has other tags, it
-// returns the current user and errTagMismatch.
+// changeUser applies a change to the current user and returns the user as written. If change is nil, it deletes the
+// user. If ifMatch is not nil and has other tags, it returns the current user and errTagMismatch.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
 	turn := turnOf(string(id[:]))
 	if err := turn.wait(ctx); err != nil {
@@ -373,9 +368,8 @@ type record struct {
 // etag returns the row's entity tag, which every change changes.
 func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10) + `"` }
 
-// recordKey records ids and time of new rows under an idempotency key, or gives the
-// rows those of the first request with that key and marks the response as replayed.
-// It returns errKeyReused if that request sent something else.
+// recordKey records ids and time of new rows under an idempotency key, or gives the rows those of the first request
+// with that key and marks the response as replayed. It returns errKeyReused if that request sent something else.
 func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKind, sent []byte, rows []*record) error {
 	turn := turnOf(key)
 	if err := turn.wait(r.Context()); err != nil {
@@ -413,8 +407,8 @@ func runTransaction(ctx context.Context, id uuid.UUID, statement string, values 
 	})
 }
 
-// turns make transactions on the same row wait for each other, since concurrent
-// ones time out. A row shares its turn with few others, and clients can't choose which.
+// turns make transactions on the same row wait for each other, since concurrent ones time out. A row shares its turn
+// with few others, and clients can't choose which.
 var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
 	for i := range gates {
 		gates[i] = make(gate, 1)
@@ -424,15 +418,14 @@ var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
 
 func turnOf(row string) gate { return turns[maphash.String(turnSeed, row)%uint64(len(turns))] }
 
-// field is a field that a client may set: its name, its rule, and a function that
-// reads a JSON value into it and reports whether the value follows the rule.
+// field is a field that a client may set. set reads a JSON value into it and reports whether it follows the rule.
 type field struct {
 	name, rule string
 	set        func(value json.RawMessage) bool
 }
 
-// readFields reads the members of a JSON object into fields and returns everything
-// that is wrong, located below at. Unless all is set, fields may be missing.
+// readFields reads the members of a JSON object into fields and returns all errors, located below at. Unless all is
+// set, fields may be missing.
 func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
@@ -504,8 +497,8 @@ func inBody(pointer, detail string) fieldError { return fieldError{Pointer: &poi
 // pointerEscaper makes a member's name a part of a JSON Pointer.
 var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
 
-// members yields the members of a valid JSON object, or the elements of an array.
-// encoding/json alone would match NAME to name and drop duplicates.
+// members yields the members of a valid JSON object, or the elements of an array. encoding/json alone would match
+// NAME to name and drop duplicates.
 func members(value json.RawMessage) iter.Seq2[string, json.RawMessage] {
 	return func(yield func(string, json.RawMessage) bool) {
 		decoder := json.NewDecoder(bytes.NewReader(value))
@@ -522,8 +515,7 @@ func members(value json.RawMessage) iter.Seq2[string, json.RawMessage] {
 	}
 }
 
-// readText reads a JSON string. It refuses U+FFFD, which encoding/json puts in
-// the place of invalid UTF-8 and of half a surrogate pair.
+// readText reads a JSON string without U+FFFD, which encoding/json puts in place of invalid UTF-8 and lone surrogates.
 func readText(value json.RawMessage, to *string) bool {
 	return value[0] == '"' && json.Unmarshal(value, to) == nil && !strings.ContainsRune(*to, utf8.RuneError)
 }
@@ -538,7 +530,7 @@ func readInteger(value json.RawMessage, to *int) bool {
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
 
-// withID passes the {id} of the path. uuid.Parse alone also accepts braces, a urn: prefix and 32 digits without dashes.
+// withID parses the {id} of the path for a handler. uuid.Parse alone also accepts braces, a urn: prefix and 32 bare digits.
 func withID(h func(w http.ResponseWriter, r *http.Request, id uuid.UUID) error) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		id, err := uuid.Parse(r.PathValue("id"))
@@ -566,15 +558,14 @@ var (
 	tagList      = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
 )
 
-// matches reports whether a list of entity tags has the tag or is *. A malformed
-// list has no tags.
+// matches reports whether a list of entity tags has the tag or is *. A malformed list has no tags.
 func matches(header []string, tag string) bool {
 	list := strings.TrimSpace(strings.Join(header, ","))
 	return list == "*" || tagList.MatchString(list) && slices.Contains(entityTag.FindAllString(list, -1), tag)
 }
 
-// appendTime appends milliseconds since 1970 as RFC 3339 text. The time package is
-// three times as fast with its own layout as with one that has milliseconds.
+// appendTime appends milliseconds since 1970 as RFC 3339 text. The time package is three times as fast with its own
+// layout as with one that has milliseconds.
 func appendTime(b []byte, milliseconds int64) []byte {
 	at := time.UnixMilli(milliseconds).UTC()
 	b = at.AppendFormat(append(b, '"'), time.RFC3339)
@@ -582,8 +573,7 @@ func appendTime(b []byte, milliseconds int64) []byte {
 	return append(b[:len(b)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z', '"')
 }
 
-// appendString appends text as JSON. encoding/json takes ten times as long, so
-// it only gets text that needs escaping.
+// appendString appends text as JSON. encoding/json takes ten times as long, so it only gets text that needs escaping.
 func appendString(b []byte, text string) []byte {
 	plain := utf8.ValidString(text)
 	for i := range len(text) {
