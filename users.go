@@ -530,7 +530,7 @@ func readInteger(value json.RawMessage, to *int) bool {
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
 
-// withID parses the {id} of the path for a handler. uuid.Parse alone also accepts braces, a urn: prefix and 32 bare digits.
+// withID parses the {id} of the path. uuid.Parse alone also accepts braces, a urn: prefix and 32 bare digits.
 func withID(h func(w http.ResponseWriter, r *http.Request, id uuid.UUID) error) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		id, err := uuid.Parse(r.PathValue("id"))
