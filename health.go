@@ -1,6 +1,5 @@
-// This file is the connection to Cassandra: the driver's settings, the one global
-// session that every request uses, how it is connected, watched and replaced,
-// what a failed query means, and GET /health.
+// This file is the connection to Cassandra: the driver's settings, the one global session that every request uses,
+// how it is connected, watched and replaced, what a failed query means, and GET /health.
 
 package main
 
@@ -47,9 +46,7 @@ const (
 	backAfter      = 3 * time.Second  // without silence, a host is back
 	hostInterval   = time.Second / 10 // between looks at the hosts
 	hedgeDelay     = maxSilence + 2*hostInterval
-)
 
-const (
 	selectKeyspace = `SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = ?`
 	selectTables   = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ?`
 	createKeyspace = `CREATE KEYSPACE IF NOT EXISTS "%s" WITH replication = `
@@ -67,35 +64,22 @@ var errNotConnected = queryErrorf(read, gocql.ErrNoConnections, "not connected t
 
 // cluster is the configuration of the connection to Cassandra.
 type cluster struct {
-	hosts              []string
-	port               int
-	keyspace           string
-	datacenter         string // "" is any
-	consistency        string
-	replication        string // a CQL map, for a missing keyspace
-	username, password string // "" is no authentication
-	tlsCA              string // a file of PEM certificates; "" is no TLS
+	hosts                    []string
+	port                     int
+	keyspace, datacenter     string // datacenter: "" is any
+	consistency, replication string // replication: a CQL map, for a missing keyspace
+	username, password       string // "" is no authentication
+	tlsCA                    string // a file of PEM certificates; "" is no TLS
 }
 
-// global holds the session shared by all requests, nil before the first connection.
+// global holds the session shared by all requests, which is safe for concurrent use.
 var global struct {
-	session atomic.Pointer[session]
-	cluster cluster // set once, before the first request
-}
-
-// session is a gocql session, safe for concurrent use. Sessions are numbered from 1.
-type session struct {
-	*gocql.Session
-	number int64
+	session atomic.Pointer[gocql.Session] // nil before the first connection
+	cluster cluster                       // set once, before the first request
 }
 
 // currentSession returns the global session. No handler that needs it is called before it exists.
-func currentSession() *gocql.Session {
-	if s := global.session.Load(); s != nil {
-		return s.Session
-	}
-	return nil
-}
+func currentSession() *gocql.Session { return global.session.Load() }
 
 // keepConnected keeps the global session connected until the returned function closes it.
 func keepConnected(c cluster) (disconnect func()) {
@@ -113,18 +97,17 @@ func keepConnected(c cluster) (disconnect func()) {
 	}
 }
 
-// watch opens a session, pings it, and replaces it if it does not respond for a while.
-// The driver reconnects a lost node by itself. But after a longer outage its session may
-// stay dead, where a node came back under an address that can't be reached.
+// watch opens a session, pings it, and replaces it if it does not respond for a while. The driver reconnects a lost
+// node by itself. But after a longer outage its session may stay dead, if a node's new address can't be reached.
 func watch(ctx context.Context, c cluster) {
-	for number := int64(1); ; number++ {
+	for {
 		s := c.openWithRetry(ctx)
 		if s == nil {
 			return
 		}
 		counters.connected.Store(true)
-		slog.Info("connected to Cassandra", "session", number, "keyspace", c.keyspace)
-		if old := global.session.Swap(&session{s, number}); old != nil {
+		slog.Info("connected to Cassandra", "session", counters.sessions.Add(1), "keyspace", c.keyspace)
+		if old := global.session.Swap(s); old != nil {
 			time.AfterFunc(queryTimeout, old.Close) // by then its last query has finished
 		}
 		for last := time.Now(); time.Since(last) < deadAfter && ctx.Err() == nil; sleep(ctx, pingInterval) {
@@ -135,8 +118,8 @@ func watch(ctx context.Context, c cluster) {
 	}
 }
 
-// ping reads the node's clock and recreates missing tables. Its queries are not counted. It
-// reports whether it succeeded, or other queries did meanwhile, as under overload.
+// ping reads the node's clock and recreates missing tables. Its queries are not counted. It reports whether it
+// succeeded, or other queries did meanwhile, as under overload.
 func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
@@ -194,8 +177,8 @@ func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
 	return s, err
 }
 
-// createMissing creates what a lookup does not find. So a role without CREATE works, and instances
-// that start together rarely create a table twice, which a cluster may not sort out.
+// createMissing creates what a lookup does not find. So a role without CREATE works, and instances that start
+// together rarely create a table twice, which a cluster may not sort out.
 func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup string, create map[string]string) error {
 	missing, name := maps.Clone(create), ""
 	rows := s.Query(lookup, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(nil).Iter()
@@ -246,8 +229,8 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	return cfg // no RetryPolicy: the driver's policies also retry writes, which may then be applied twice
 }
 
-// policy is the driver's policy, which prefers replicas, except that lagging hosts come
-// last. It reads the replication in the background, which takes 14 round trips.
+// policy is the driver's policy, which prefers replicas, except that lagging hosts come last. It reads the
+// replication in the background, which takes 14 round trips.
 type policy struct {
 	gocql.HostSelectionPolicy
 	dialer *countingDialer
@@ -275,8 +258,8 @@ func (p policy) Pick(query gocql.ExecutableQuery) gocql.NextHost {
 	}
 }
 
-// ask runs a query. It runs it once more, on another host, if the first host refused it before
-// anything was written, or if it is repeatable and the first host was slow or did not complete it.
+// ask runs a query. It runs it once more, on another host, if the first host refused it before anything was written,
+// or if it is repeatable and the first host was slow or did not complete it.
 func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
 	dialer := &counters.connections
 	if dialer.hosts.Load() < 2 {
@@ -310,14 +293,14 @@ func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Sessio
 	var s *gocql.Session
 	created := make(chan error, 1)
 	go func() {
+		var err error
 		defer func() {
 			if v := recover(); v != nil {
-				created <- fmt.Errorf("panic: %v", v)
+				err = fmt.Errorf("panic: %v", v)
 			}
+			created <- err
 		}()
-		var err error
 		s, err = cfg.CreateSession()
-		created <- err
 	}()
 	select {
 	case err := <-created:
@@ -332,8 +315,7 @@ func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Sessio
 	}
 }
 
-// countingDialer counts the driver's connections, since the driver doesn't report when
-// it closes one, and knows which hosts lag.
+// countingDialer counts connections, since the driver doesn't report when it closes one, and knows which hosts lag.
 type countingDialer struct {
 	open, opened, failed atomic.Int64 // connections
 	byAddress            sync.Map     // of *host
@@ -362,11 +344,10 @@ func (d *countingDialer) host(addr string) *host {
 	return h.(*host)
 }
 
-// conn is a connection that gathers writes. The driver writes each request by
-// itself, and a system call for each is what limits its rate. Here Write only
-// appends to a buffer and wakes send, which sends everything that has arrived by
-// then. No request waits for a timer, and under load many share one call. A
-// request that was accepted may have been sent, so it never counts as not written.
+// conn is a connection that gathers writes. The driver writes each request by itself, and a system call for each is
+// what limits its rate. Here Write only appends to a buffer and wakes send, which sends everything that has arrived
+// by then. No request waits for a timer, and under load many share one call. A request that was accepted may have
+// been sent, so it never counts as not written.
 type conn struct {
 	net.Conn
 	dialer  *countingDialer
@@ -406,8 +387,8 @@ func (c *conn) Read(response []byte) (int, error) {
 	return n, err
 }
 
-// send sends what Write accepts until the connection is closed. If that fails, it
-// closes the connection, so the driver fails all requests that await a response.
+// send sends what Write accepts until the connection is closed. If that fails, it closes the connection, so the
+// driver fails all requests that await a response.
 func (c *conn) send() {
 	var requests []byte
 	for range c.wake {
@@ -444,20 +425,18 @@ func (c *conn) Close() error {
 
 // queryError is a failed query. Every store function returns its failures as one.
 type queryError struct {
-	doing string // "inserting user 1b4e…"
+	error // "inserting user 1b4e…: the driver's error"
 	kind  queryKind
-	err   error
 }
 
-func (e *queryError) Error() string { return e.doing + ": " + e.err.Error() }
-func (e *queryError) Unwrap() error { return e.err }
+func (e *queryError) Unwrap() error { return errors.Unwrap(e.error) }
 
 // queryErrorf describes a failed query. It returns nil if err is nil.
 func queryErrorf(kind queryKind, err error, doing string, args ...any) error {
 	if err == nil {
 		return nil
 	}
-	return &queryError{doing: fmt.Sprintf(doing, args...), kind: kind, err: err}
+	return &queryError{fmt.Errorf(doing+": %w", append(args, err)...), kind}
 }
 
 // queryKind decides what a failure guarantees.
@@ -480,18 +459,20 @@ const (
 	inDoubt                   // the write may or may not have been applied, now or later
 )
 
-// outcomeOf classifies an error. Anything that is neither a response of Cassandra,
-// nor a wrong value, nor the end of a context, is a failed connection.
+// outcomeOf classifies an error. Anything that is neither a response of Cassandra, nor a wrong value, nor the end of
+// a context, is a failed connection. Overloaded can also come after a batch was logged or a transaction proposed
+// (mutateAtomically and commitPaxos in Cassandra's StorageProxy).
 func outcomeOf(err error) outcome {
 	query, _ := errors.AsType[*queryError](err)
 	_, cannotMarshal := errors.AsType[gocql.MarshalError](err)
 	_, cannotUnmarshal := errors.AsType[gocql.UnmarshalError](err)
 	code := codeOf(err)
 	isInvalid := code == gocql.ErrCodeProtocol || gocql.ErrCodeSyntax <= code && code <= gocql.ErrCodeAlreadyExists
+	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
 	switch {
 	case query == nil, cannotMarshal, cannotUnmarshal, isInvalid:
 		return bug
-	case isUnreachable(err), wasRefused(query, code):
+	case isUnreachable(err), isUnavailable(query), isOverloaded && (query.kind == read || query.kind == insert):
 		return notWritten
 	case query.kind != read:
 		return inDoubt
@@ -502,16 +483,8 @@ func outcomeOf(err error) outcome {
 	return notWritten
 }
 
-// wasRefused reports whether Cassandra refused a query before it wrote anything.
-// Overloaded can also come after a batch was logged or a transaction proposed
-// (mutateAtomically and commitPaxos in Cassandra's StorageProxy).
-func wasRefused(query *queryError, code int) bool {
-	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
-	return isUnavailable(query) || isOverloaded && (query.kind == read || query.kind == insert)
-}
-
-// isUnavailable reports whether a host did nothing, since it could not reach enough
-// replicas. After a transaction's proposal the refusal names no serial consistency.
+// isUnavailable reports whether a host did nothing, since it could not reach enough replicas. After a transaction's
+// proposal the refusal names no serial consistency.
 func isUnavailable(err error) bool {
 	refusal, ok := errors.AsType[*gocql.RequestErrUnavailable](err)
 	if query, isQuery := errors.AsType[*queryError](err); ok && isQuery && query.kind == edit {
@@ -629,8 +602,8 @@ func parseReplication(text string) (string, bool) {
 	ok := regexp.MustCompile(`^[\w.-]+:[1-9]\d?(,[\w.-]+:[1-9]\d?)*$`).MatchString(text)
 	name := regexp.MustCompile(`([\w.-]+):`)
 	names := slices.Sorted(slices.Values(name.FindAllString(text, -1)))
-	options := name.ReplaceAllString(text, "'$1': ")
-	return "{'class': 'NetworkTopologyStrategy', " + options + "}", ok && len(slices.Compact(names)) == strings.Count(text, ":")
+	text = "{'class': 'NetworkTopologyStrategy', " + name.ReplaceAllString(text, "'$1': ") + "}"
+	return text, ok && len(slices.Compact(names)) == len(names)
 }
 
 func parseCertificates(file string) (string, bool) {
@@ -652,9 +625,6 @@ func getHealth(w http.ResponseWriter, r *http.Request) error {
 	}
 	if shutdown.draining.Load() {
 		status, health = http.StatusServiceUnavailable, "draining"
-	}
-	if status != http.StatusOK {
-		w.Header().Set("Retry-After", "1")
 	}
 	return writeJSON(w, status, map[string]any{
 		"status": health, "cassandra": cassandra, "cassandra_connected": cassandra == "connected",

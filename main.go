@@ -1,15 +1,12 @@
-// Command cassandra-service-go is an HTTP API for users stored in Apache
-// Cassandra: CRUD, lists, atomic batches, streams of any size, self-tests of its
-// one session, health and metrics. It starts listening immediately, connects and
-// reconnects to Cassandra on its own, and drains before it exits.
+// Command cassandra-service-go is an HTTP API for users stored in Apache Cassandra: CRUD, lists, atomic batches,
+// streams of any size, self-tests of its one session, health and metrics. It starts listening immediately, connects
+// and reconnects to Cassandra on its own, and drains before it exits.
 //
-// loadSettings lists the environment variables that configure it. SIGTERM, SIGINT,
-// SIGHUP and POST /shutdown start a drain: /health returns 503 "draining", other
-// new requests are refused, and active requests get their response. A second
-// signal exits immediately.
+// loadSettings lists the environment variables that configure it. SIGTERM, SIGINT, SIGHUP and POST /shutdown start a
+// drain: /health returns 503 "draining", other new requests are refused, and active requests get their response. A
+// second signal exits immediately.
 //
-// This file holds the life of the process, the route table, the middleware, and
-// the mapping from errors to responses.
+// This file holds the life of the process, the route table, the middleware, and the mapping from errors to responses.
 package main
 
 import (
@@ -92,8 +89,7 @@ func main() {
 	}
 }
 
-// run serves until ctx ends or POST /shutdown is called, drains, and returns
-// nil. It fails if a setting is invalid or the address is taken.
+// run serves until ctx ends or POST /shutdown, then drains. It fails if a setting is invalid or the address is taken.
 func run(ctx context.Context, getenv func(string) string, stderr io.Writer) error {
 	cfg, err := loadSettings(getenv)
 	if err != nil {
@@ -129,8 +125,7 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	return nil
 }
 
-// limitSendBuffer keeps the socket's send buffer small, so that the progress of
-// writes reflects how fast the client reads.
+// limitSendBuffer keeps the socket's send buffer small, so that writes progress as fast as the client reads.
 func limitSendBuffer(ctx context.Context, conn net.Conn) context.Context {
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		tcp.SetWriteBuffer(sendBuffer)
@@ -138,9 +133,8 @@ func limitSendBuffer(ctx context.Context, conn net.Conn) context.Context {
 	return ctx
 }
 
-// drain refuses new requests while active ones finish, for at least DRAIN_DELAY
-// and at most SHUTDOWN_TIMEOUT. Then it aborts the rest and closes the listener,
-// which stays open until here so that probes can see "draining".
+// drain refuses new requests while active ones finish, for at least DRAIN_DELAY and at most SHUTDOWN_TIMEOUT. Then it
+// aborts the rest and closes the listener, which stays open until here so that probes can see "draining".
 func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 	shutdown.draining.Store(true)
 	start := time.Now()
@@ -177,8 +171,7 @@ type settings struct {
 	drainDelay, shutdownTimeout time.Duration
 }
 
-// loadSettings reads and checks the environment. Its error is one line that
-// names each invalid variable, its value and what is allowed.
+// loadSettings reads the environment. Its error is one line with each invalid variable, its value and what is allowed.
 func loadSettings(getenv func(string) string) (settings, error) {
 	env := &environment{getenv: getenv}
 	s := settings{
@@ -204,7 +197,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 	return s, nil
 }
 
-// environment collects what is wrong with the settings read from it.
+// environment reads settings and collects the invalid ones.
 type environment struct {
 	getenv  func(string) string
 	invalid []string
@@ -239,10 +232,10 @@ func newRouter(cfg settings) *router {
 	handle("POST /users/batch", postBatch)
 	handle("GET /users/stream", streams.limit("streams", usersTable.stream), noDeadline)
 	handle("GET /users/stream/pages", streams.limit("streams", usersTable.getPage))
-	handle("GET /users/{id}", getUser)
-	handle("PUT /users/{id}", editUser)
-	handle("PATCH /users/{id}", editUser)
-	handle("DELETE /users/{id}", removeUser)
+	handle("GET /users/{id}", withID(getUser))
+	handle("PUT /users/{id}", withID(editUser))
+	handle("PATCH /users/{id}", withID(editUser))
+	handle("DELETE /users/{id}", withID(removeUser))
 	handle("GET /performance/async", selfTests.queue(measure("async")))
 	handle("GET /performance/sync", selfTests.queue(measure("sync")))
 	handle("GET /slow_query", slowQuery(5*time.Second, "Slow query completed"))
@@ -264,7 +257,7 @@ func newRouter(cfg settings) *router {
 	return rt
 }
 
-// router is the route table and what all routes share.
+// router holds the route table and the state shared by all routes.
 type router struct {
 	settings
 	mux         *http.ServeMux
@@ -307,8 +300,7 @@ func (rt *router) handle(pattern string, h handler, opts ...options) {
 	rt.mux.Handle(pattern, line)
 }
 
-// ServeHTTP routes a request. The mux alone would respond to an unknown method or
-// path with text, and redirect an unclean path.
+// ServeHTTP routes a request. The mux alone would send text for unknown methods and paths, and redirect unclean paths.
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h, _ := rt.mux.Handler(r)
 	if _, ok := h.(*route); !ok {
@@ -334,8 +326,7 @@ func (rt *router) refuseUnmatched(w http.ResponseWriter, r *http.Request) error 
 	return refuse(http.StatusMethodNotAllowed, "Allowed methods: "+w.Header().Get("Allow"))
 }
 
-// ServeHTTP gives the request its id, lets finish respond with the handler's error
-// or abort the connection, and counts the outcome.
+// ServeHTTP sets the request's id, runs the handler, responds with its error or aborts, and counts the outcome.
 func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	counters.inFlight.Add(1)
@@ -352,7 +343,8 @@ func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rec := &recorder{ResponseWriter: w, ResponseController: http.NewResponseController(w)}
 	rec.SetWriteDeadline(time.Time{}) // of the connection's last request
 	status := rec.finish(r, line.serve(rec, r))
-	line.stats.count(status, time.Since(start))
+	line.stats.statuses[status].Add(1)
+	line.stats.times.observe(time.Since(start))
 	if status == statusAborted || status == statusClientLeft {
 		panic(http.ErrAbortHandler) // the only way to make net/http abort the connection
 	}
@@ -392,7 +384,7 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 	return line.handler(w, r)
 }
 
-// admit checks what needs no body, and returns the request's deadline; zero is none.
+// admit runs the checks that need no body, and returns the request's deadline; zero is none.
 func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (deadline time.Time, err error) {
 	isSet, text := r.Header["X-Request-Timeout"] != nil, strings.Join(r.Header["X-Request-Timeout"], ",")
 	timeout, _ := time.ParseDuration(cmp.Or(text, "0") + "s")
@@ -422,9 +414,8 @@ type receivedBody struct{ *bytes.Buffer }
 
 func (receivedBody) Close() error { return nil }
 
-// receiveBody receives the body before the request counts towards MAX_IN_FLIGHT,
-// so slow uploads can't block others. Only then does net/http notice that a
-// client left. The body of a GET, HEAD or DELETE is discarded.
+// receiveBody receives the body before the request counts towards MAX_IN_FLIGHT, so slow uploads can't block others.
+// Only then does net/http notice that a client left. The body of a GET, HEAD or DELETE is discarded.
 func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
 	if r.ContentLength != 0 { // else its end would look like a client that left
 		w.SetReadDeadline(deadline) // a context does not unblock Read
@@ -487,8 +478,7 @@ func (g gate) wait(ctx context.Context) error {
 	}
 }
 
-// recorder remembers the status. It renews the write deadline, so that a client
-// that stops reading for writeTimeout is disconnected.
+// recorder remembers the status, and disconnects a client that stops reading for writeTimeout.
 type recorder struct {
 	http.ResponseWriter
 	*http.ResponseController
@@ -498,12 +488,13 @@ type recorder struct {
 func (w *recorder) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 func (w *recorder) WriteHeader(status int) {
-	w.status = status
+	if w.status = status; status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
+	}
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// Write writes in pieces, each with its own deadline: a slow but steady reader
-// can still receive a large body.
+// Write writes in pieces, each with its own deadline: a slow but steady reader can still receive a large body.
 func (w *recorder) Write(p []byte) (written int, err error) {
 	w.status = cmp.Or(w.status, http.StatusOK)
 	for piece := range slices.Chunk(p, writeSize) {
@@ -517,9 +508,8 @@ func (w *recorder) Write(p []byte) (written int, err error) {
 	return written, nil
 }
 
-// finish responds with the handler's error and returns the status to count. It
-// logs errors of the service: not those that the client caused, its own deadline
-// included, and not that there is no Cassandra, which the log has said already.
+// finish responds with the handler's error and returns the status to count. It logs errors of the service, but not
+// those that the client caused, its own deadline included, and not a missing Cassandra, which is logged elsewhere.
 func (w *recorder) finish(r *http.Request, err error) int {
 	w.SetWriteDeadline(time.Now().Add(writeTimeout)) // for the closing bytes, and whatever net/http has buffered
 	switch {
@@ -544,9 +534,6 @@ func (w *recorder) finish(r *http.Request, err error) int {
 	body, _ := json.Marshal(p)
 	switch {
 	case w.status == 0:
-		if p.Status == http.StatusServiceUnavailable {
-			w.Header().Set("Retry-After", "1")
-		}
 		for name, only := range map[string]int{"ETag": http.StatusPreconditionFailed, "Location": http.StatusGatewayTimeout} {
 			if p.Status != only { // the handler set it for another outcome
 				w.Header().Del(name)
@@ -596,9 +583,8 @@ type notFound string
 
 func (e notFound) Error() string { return string(e) }
 
-// asProblem maps every error to a response; the driver's text only goes to the log.
-// cause is why the request's context ended, its own deadline aside: the client left,
-// or a drain timed out.
+// asProblem maps every error to a response; the driver's text only goes to the log. cause is why the request's
+// context ended, its own deadline aside: the client left, or a drain timed out.
 func asProblem(cause, err error) *problem {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p
@@ -643,12 +629,8 @@ func writeBody(w http.ResponseWriter, status int, contentType string, parts ...[
 	w.Header().Set("Content-Type", contentType)
 	w.Header().Set("Content-Length", strconv.Itoa(size))
 	w.WriteHeader(status)
-	for _, part := range parts {
-		if _, err := w.Write(part); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := (*net.Buffers)(&parts).WriteTo(w)
+	return err
 }
 
 // getRoot handles GET /, the liveness probe, which never touches Cassandra.
@@ -664,8 +646,7 @@ func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// getDocument responds with an embedded file. Its policy lets the page run its
-// only <style> and <script>, and talk to this service only.
+// getDocument responds with an embedded file. Its policy permits the page's one <style> and <script>, and this service.
 func getDocument(body []byte, contentType string) handler {
 	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; " +
 		"frame-ancestors 'none'"
@@ -681,8 +662,8 @@ func getDocument(body []byte, contentType string) handler {
 	}
 }
 
-// postShutdown handles POST /shutdown, which does what SIGTERM does. It is for
-// development: no check of a request can prove that no local proxy forwarded it.
+// postShutdown handles POST /shutdown, which does what SIGTERM does. It is for development: no check of a request can
+// prove that no local proxy forwarded it.
 func (rt *router) postShutdown(w http.ResponseWriter, r *http.Request) error {
 	switch {
 	case !rt.allowShutdown:

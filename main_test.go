@@ -786,7 +786,7 @@ func wantHealth(t testing.TB, r response, status int, state string, connected bo
 }
 
 // withSession runs f with another global session, which may be nil.
-func withSession(s *session, f func()) {
+func withSession(s *gocql.Session, f func()) {
 	defer global.session.Store(global.session.Swap(s))
 	f()
 }
@@ -1837,7 +1837,7 @@ func TestSelfTests(t *testing.T) {
 		"POST cancellation": `"rows_processed_before_cancel":5,"was_cancelled":true,"error_type":"context canceled","cleaned_up":true,` +
 			`"session_still_works":true,"session_open":true,"new_stream_worked":true,"total_rows":50`,
 		"GET status": fmt.Sprintf(`"session_open":true,"session_id":"%d","cluster_open":true,"keyspace":%q`,
-			global.session.Load().number, config.cluster.keyspace),
+			observeSession().number, config.cluster.keyspace),
 	} {
 		r := do(t, strings.Replace(request, " ", " /context_manager_safety/", 1), "")
 		if name, ok := strings.CutPrefix(request, "POST "); ok {

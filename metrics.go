@@ -1,6 +1,5 @@
-// This file counts what the service does and shows it at GET /metrics, as JSON
-// and in Prometheus' text format, in the manner of expvar: atomic counters that
-// the middleware and the driver's observers fill. It never touches Cassandra.
+// This file counts what the service does and shows it at GET /metrics, as JSON and in Prometheus' text format, in the
+// manner of expvar: atomic counters that the middleware and the driver's observers fill. It never touches Cassandra.
 
 package main
 
@@ -28,8 +27,7 @@ import (
 
 const rateWindow = time.Minute // that queries_per_second covers
 
-// bounds are the histograms' upper bounds in seconds: a point read takes about
-// one millisecond, and no page more than 12 s.
+// bounds are the histograms' upper bounds in seconds: a point read takes about one millisecond, a page at most 12 s.
 var bounds = [...]float64{.0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 60}
 
 // counters are written where things happen and read by GET /metrics, as in expvar.
@@ -43,6 +41,7 @@ var counters = struct {
 	lastResponse atomic.Int64   // of Cassandra to a query, in nanoseconds since started
 	skew         atomic.Int64   // nanoseconds from this clock to the node's
 	connected    atomic.Bool    // result of the last ping
+	sessions     atomic.Int64   // opened so far: the number of the current one
 	connections  countingDialer // of the global session and of attempts to open one
 	queryHistory history
 	queryTimes   histogram
@@ -126,8 +125,7 @@ type host struct {
 
 func (h *host) isSilent() bool { return h.waiting.Load() != 0 && elapsed(&h.waiting) > maxSilence }
 
-// lags reports whether queries should go to other hosts. An ill host gets one query per
-// maxSilence, until one is quick.
+// lags reports whether queries should go to other hosts. An ill host gets one query per maxSilence until one is quick.
 func (h *host) lags() bool {
 	ill := h.ill.Load()
 	if ill == 0 || h.isSilent() {
@@ -151,11 +149,6 @@ func statsOf(pattern string) *routeStats {
 	return stats.(*routeStats)
 }
 
-func (s *routeStats) count(status int, took time.Duration) {
-	s.statuses[status].Add(1)
-	s.times.observe(took)
-}
-
 // histogram counts durations in buckets.
 type histogram struct {
 	buckets [len(bounds) + 1]atomic.Int64 // each up to its bound and above the one before; the last has no bound
@@ -168,7 +161,7 @@ func (h *histogram) observe(d time.Duration) {
 	h.nanos.Add(int64(d))
 }
 
-// cumulative returns the number of durations up to each bound, and last of all.
+// cumulative returns the number of durations up to each bound, and their total.
 func (h *histogram) cumulative() (counts [len(bounds) + 1]int64) {
 	var sum int64
 	for i := range h.buckets {
@@ -232,6 +225,8 @@ type metric struct {
 func metrics() []metric {
 	c, dialer := &counters, &counters.connections
 	rate, skew := c.queryHistory.perSecond(c.queries.Load()), milliseconds(time.Duration(c.skew.Load()))
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
 	return []metric{
 		{"total_queries", "cassandra_queries_total", "counter", "Queries, pages and retries sent.", c.queries.Load()},
 		{"errors_count", "cassandra_query_errors_total", "counter", "Queries that failed.", c.queryErrors.Load()},
@@ -240,7 +235,7 @@ func metrics() []metric {
 		{"cassandra_connections.opened", "cassandra_connections_opened_total", "counter", "Opened.", dialer.opened.Load()},
 		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Failed.", dialer.failed.Load()},
 		{"cassandra.connected", "cassandra_connected", "gauge", "Whether the last ping had a response.", c.connected.Load()},
-		{"cassandra.session", "cassandra_session", "gauge", "Number of the current session.", observeSession().number},
+		{"cassandra.session", "cassandra_session", "gauge", "Number of the current session.", c.sessions.Load()},
 		{"cassandra.hosts", "cassandra_hosts", "gauge", "Hosts with an open connection.", dialer.hosts.Load()},
 		{"cassandra.hosts_silent", "cassandra_hosts_silent", "gauge", "Those that do not respond.", dialer.silent.Load()},
 		{"cassandra.clock_skew_ms", "cassandra_clock_skew_milliseconds", "gauge", "The node's clock minus this one.", skew},
@@ -248,7 +243,7 @@ func metrics() []metric {
 		{"streams_active", "streams_active", "gauge", "Streams and pages that are being sent.", len(streams)},
 		{"rows_streamed", "rows_streamed_total", "counter", "Users sent by streams.", c.rowsStreamed.Load()},
 		{"goroutines", "goroutines", "gauge", "Goroutines of the process.", runtime.NumGoroutine()},
-		{"memory_bytes", "memory_bytes", "gauge", "Memory obtained from the OS.", memoryBytes()},
+		{"memory_bytes", "memory_bytes", "gauge", "Memory obtained from the OS.", memory.Sys - memory.HeapReleased},
 		{"uptime_seconds", "uptime_seconds", "gauge", "Time since the process started.", uptime().Seconds()},
 	}
 }
@@ -276,7 +271,7 @@ func jsonMetrics() map[string]any {
 	return all
 }
 
-// requestsByRoute returns the number of requests by pattern and status, and of all.
+// requestsByRoute returns the number of requests by pattern and status, and their total.
 func requestsByRoute() (counts map[string]map[string]int64, total int64) {
 	counts = map[string]map[string]int64{}
 	for pattern, stats := range counters.routes.Range {
@@ -294,8 +289,7 @@ func requestsByRoute() (counts map[string]map[string]int64, total int64) {
 	return counts, total
 }
 
-// preferred negotiates the content type: it returns the offer with the highest
-// q in Accept, or the first one on a tie or without a match.
+// preferred returns the offer with the highest q in Accept, or the first one on a tie or without a match.
 func preferred(r *http.Request, offers ...string) string {
 	best, bestQ := offers[0], 0.0
 	for accepted := range strings.SplitSeq(strings.Join(r.Header.Values("Accept"), ","), ",") {
@@ -313,13 +307,6 @@ func uptime() time.Duration { return time.Since(counters.started) }
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// memoryBytes returns the memory that was obtained from the OS and not returned.
-func memoryBytes() uint64 {
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return m.Sys - m.HeapReleased
-}
-
 // prometheusMetrics returns the same in the text format 0.0.4, with histograms for percentiles.
 func prometheusMetrics() []byte {
 	var out bytes.Buffer
@@ -330,30 +317,25 @@ func prometheusMetrics() []byte {
 		}
 		fmt.Fprintf(&out, "%s %v\n", m.prometheus, m.value)
 	}
-	writeHistograms(&out)
+	byRoute, _ := requestsByRoute()
+	routes := slices.Sorted(maps.Keys(byRoute))
+	writeHead(&out, "http_requests_total", "counter", "HTTP requests by route and status.")
+	for _, pattern := range routes {
+		for _, status := range slices.Sorted(maps.Keys(byRoute[pattern])) {
+			fmt.Fprintf(&out, "http_requests_total{route=%q,status=%q} %d\n", pattern, status, byRoute[pattern][status])
+		}
+	}
+	writeHead(&out, "http_request_duration_seconds", "histogram", "Duration of HTTP requests by route.")
+	for _, pattern := range routes {
+		statsOf(pattern).times.prometheus(&out, "http_request_duration_seconds", fmt.Sprintf("route=%q,", pattern))
+	}
+	writeHead(&out, "cassandra_query_duration_seconds", "histogram", "Duration of queries.")
+	counters.queryTimes.prometheus(&out, "cassandra_query_duration_seconds", "")
 	return out.Bytes()
 }
 
 func writeHead(out *bytes.Buffer, name, kind, help string) {
 	fmt.Fprintf(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind)
-}
-
-// writeHistograms writes what has labels or buckets.
-func writeHistograms(out *bytes.Buffer) {
-	byRoute, _ := requestsByRoute()
-	routes := slices.Sorted(maps.Keys(byRoute))
-	writeHead(out, "http_requests_total", "counter", "HTTP requests by route and status.")
-	for _, pattern := range routes {
-		for _, status := range slices.Sorted(maps.Keys(byRoute[pattern])) {
-			fmt.Fprintf(out, "http_requests_total{route=%q,status=%q} %d\n", pattern, status, byRoute[pattern][status])
-		}
-	}
-	writeHead(out, "http_request_duration_seconds", "histogram", "Duration of HTTP requests by route.")
-	for _, pattern := range routes {
-		statsOf(pattern).times.prometheus(out, "http_request_duration_seconds", fmt.Sprintf("route=%q,", pattern))
-	}
-	writeHead(out, "cassandra_query_duration_seconds", "histogram", "Duration of queries.")
-	counters.queryTimes.prometheus(out, "cassandra_query_duration_seconds", "")
 }
 
 // prometheus writes the histogram. Labels end in a comma.

@@ -1,6 +1,5 @@
-// This file is what the service does to itself: it proves that a failed query, a
-// broken or cancelled stream or a nested session never harms the global session,
-// that slow requests end at their deadline, and measures concurrent reads.
+// This file holds the self-tests: a failed query, a broken or cancelled stream or a nested session never harms the
+// global session, and slow requests end at their deadline. It also measures concurrent reads.
 
 package main
 
@@ -25,9 +24,7 @@ const (
 	scratchPage     = 5               // rows
 	defaultRequests = 100             // reads in a performance run
 	maxRequests     = 1000
-)
 
-const (
 	createScratchTable = `CREATE TABLE IF NOT EXISTS "%s".scratch
 		(run uuid, n int, name text, age int, PRIMARY KEY (run, n)) WITH default_time_to_live = 600`
 	selectIDs         = `SELECT id FROM users LIMIT 1000`
@@ -115,8 +112,8 @@ func summarize(mode string, total time.Duration, times []time.Duration, failed i
 	}
 }
 
-// slowQuery handles GET /slow_query and /long_running_query: it waits, then runs
-// a real query, unless the deadline passes or the client leaves first.
+// slowQuery handles GET /slow_query and /long_running_query: it waits, then runs a real query, unless the deadline
+// passes or the client leaves first.
 func slowQuery(d time.Duration, message string) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		start := time.Now()
@@ -152,21 +149,16 @@ type sessionState struct {
 }
 
 func observeSession() sessionState {
-	if s := global.session.Load(); s != nil {
-		return sessionState{number: s.number, open: !s.Closed()}
-	}
-	return sessionState{}
+	s := currentSession()
+	return sessionState{number: counters.sessions.Load(), open: s != nil && !s.Closed()}
 }
 
 // unchangedSince reports whether it is still the same open session.
-func (after sessionState) unchangedSince(before sessionState) bool {
-	return after.open && after == before
-}
+func (s sessionState) unchangedSince(before sessionState) bool { return s.open && s == before }
 
 var errNoRefusal = errors.New("the table non_existent_table_xyz exists")
 
-// testQueryError handles POST /context_manager_safety/query_error: a query on a table that does
-// not exist, then a valid one.
+// testQueryError handles POST /context_manager_safety/query_error: a query on a missing table, then a valid one.
 func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	before := observeSession()
 	_, caught := readValue(r.Context(), selectMissing)
@@ -185,8 +177,7 @@ func testQueryError(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// testStreamingError handles POST /context_manager_safety/streaming_error: a stream over a table
-// that does not exist, then a real one of 20 rows.
+// testStreamingError handles POST /context_manager_safety/streaming_error: a stream that fails, then one of 20 rows.
 func testStreamingError(w http.ResponseWriter, r *http.Request) error {
 	ctx, before := r.Context(), observeSession()
 	t, err := newScratch(ctx, slices.Repeat([]int{20}, 20))
@@ -217,9 +208,8 @@ type ageStream struct {
 	firstPage, ended time.Time
 }
 
-// testConcurrentStreams handles POST /context_manager_safety/concurrent_streams:
-// three concurrent streams, one per age, over the same 30 rows. Each waits after
-// its first page until all have theirs.
+// testConcurrentStreams handles POST /context_manager_safety/concurrent_streams: three concurrent streams, one per
+// age, over the same 30 rows. Each waits after its first page until all have theirs.
 func testConcurrentStreams(w http.ResponseWriter, r *http.Request) error {
 	ages := []int{20, 30, 40}
 	t, err := newScratch(r.Context(), slices.Repeat(ages, 10))
@@ -253,8 +243,7 @@ func testConcurrentStreams(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// areIndependent reports whether every stream had its first page before the
-// first one ended, and whether each saw its own ten rows and no others.
+// areIndependent reports whether all first pages came before any stream ended, and each stream saw only its ten rows.
 func areIndependent(streams []ageStream) bool {
 	for _, s := range streams {
 		isForeign := func(row scratchRow) bool { return row.Age != s.Age }
@@ -272,9 +261,8 @@ var nestedOrder = []string{
 	"session_closing", "session_closed", "cluster_works_after_session:True", "cluster_closing", "cluster_closed",
 }
 
-// testNestedContexts handles POST /context_manager_safety/nested_contexts: a cluster, a session in it
-// and a stream in that, closed innermost first. The cluster is a driver configuration whose dialer
-// counts its connections.
+// testNestedContexts handles POST /context_manager_safety/nested_contexts: a cluster, a session in it and a stream in
+// that, closed innermost first. The cluster is a driver configuration whose dialer counts its connections.
 func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	before := observeSession()
 	t, err := newScratch(r.Context(), slices.Repeat([]int{20}, 5))
@@ -285,20 +273,17 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	defer closeCluster()
 	var dialer countingDialer
 	var events []string
-	happened := func(event string) { events = append(events, event) }
+	happened := func(next ...string) { events = append(events, next...) }
 	if _, err := openNested(ctx, &dialer); err != nil {
 		return err
 	}
 	happened("cluster_opened")
 	rows, err := t.useNestedSession(ctx, &dialer, happened)
-	if err != nil {
+	_, errAgain := openNested(ctx, &dialer)
+	if err := errors.Join(err, errAgain); err != nil {
 		return err
 	}
-	if _, err := openNested(ctx, &dialer); err != nil {
-		return err
-	}
-	happened("cluster_works_after_session:True")
-	happened("cluster_closing")
+	happened("cluster_works_after_session:True", "cluster_closing")
 	closeCluster()
 	if waitUntil(func() bool { return dialer.open.Load() == 0 }, closeTimeout) {
 		happened("cluster_closed")
@@ -320,7 +305,7 @@ func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, er
 }
 
 // useNestedSession opens a session, streams in it twice and closes it.
-func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(string)) (int, error) {
+func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happened func(...string)) (int, error) {
 	session, err := openNested(ctx, d)
 	if err != nil {
 		return 0, err
@@ -335,8 +320,7 @@ func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happe
 	if err := errors.Join(err, errAgain); err != nil {
 		return 0, err
 	}
-	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)))
-	happened("session_closing")
+	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)), "session_closing")
 	go session.Close()
 	if waitUntil(session.Closed, closeTimeout) {
 		happened("session_closed")
@@ -344,8 +328,7 @@ func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happe
 	return len(first), nil
 }
 
-// testCancellation handles POST /context_manager_safety/cancellation: a stream of
-// 50 rows that is cancelled after its first page, then a new one.
+// testCancellation handles POST /context_manager_safety/cancellation: a stream that is cancelled, then a new one.
 func testCancellation(w http.ResponseWriter, r *http.Request) error {
 	const total = 50
 	t, err := newScratch(r.Context(), slices.Repeat([]int{20}, total))
@@ -386,8 +369,7 @@ func getSafetyStatus(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// scratch is the partition of the scratch table that belongs to one run of a
-// self-test, and the number of its open iterations.
+// scratch is the partition of the scratch table for one run of a self-test, and the number of its open iterations.
 type scratch struct {
 	db   *gocql.Session
 	run  gocql.UUID
@@ -409,8 +391,7 @@ func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 	return t, queryErrorf(read, t.db.ExecuteBatch(batch), "writing the scratch table") // as a read: nobody misses the rows
 }
 
-// stream reads all rows of a statement page by page, and calls afterPage, if it
-// is not nil, after each page that has a successor.
+// stream reads all rows of a statement page by page. It calls afterPage, if not nil, after each page but the last.
 func (t *scratch) stream(ctx context.Context, afterPage func(), statement string, values ...any) ([]scratchRow, error) {
 	query := t.db.Query(statement, values...).WithContext(ctx).RoutingKey(t.run[:])
 	it := query.PageSize(scratchPage).Prefetch(0).Iter()
@@ -426,8 +407,8 @@ func (t *scratch) stream(ctx context.Context, afterPage func(), statement string
 	return rows, queryErrorf(read, it.Close(), "streaming the scratch table")
 }
 
-// values binds the values of a statement in a batch. Batch.Query would make the driver look for
-// a routing key, under a lock that ignores deadlines.
+// values binds the values of a statement in a batch. Batch.Query would make the driver look for a routing key, under
+// a lock that ignores deadlines.
 func values(list ...any) func(*gocql.QueryInfo) ([]any, error) {
 	return func(*gocql.QueryInfo) ([]any, error) { return list, nil }
 }

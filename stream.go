@@ -1,6 +1,5 @@
-// This file sends result sets of any size in bounded memory: as one JSON array,
-// as NDJSON, or page by page. It shows a scan that can resume anywhere, concurrent
-// reads in order, cancellation, and why a failed stream aborts its connection.
+// This file sends result sets of any size in bounded memory: as one JSON array, as NDJSON, or page by page. It shows a
+// resumable scan, concurrent reads in order, cancellation, and why a failed stream aborts its connection.
 
 package main
 
@@ -46,7 +45,7 @@ const (
 
 var streams = make(gate, maxStreams)
 
-// table is what a scan needs to know of a table whose key is a random UUID.
+// table describes a table for scans; its key is a random UUID.
 type table struct {
 	name           string
 	selectRange    string // rows behind one token, up to another
@@ -61,10 +60,9 @@ type row interface {
 	appendJSON(b []byte) []byte
 }
 
-// stream handles GET /users/stream: it sends a table as a JSON array or as NDJSON
-// and flushes it page by page. It reads the first page before it sends the status
-// line, so an early failure has its own status. After a later one only an aborted
-// connection can show that the body is incomplete.
+// stream handles GET /users/stream: it sends a table as a JSON array or as NDJSON and flushes it page by page. It
+// reads the first page before it sends the status line, so an early failure has its own status. After a later one
+// only an aborted connection can show that the body is incomplete.
 func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 	s, fetchSize, err := newParameters(r).fetch(t)
 	if err != nil {
@@ -149,11 +147,10 @@ func (p page) array() []byte {
 	return bytes.TrimSuffix(p.json, []byte(","))
 }
 
-// scan is a resumable scan of a table. Cassandra hashes each key to a token above
-// -2^63 and stores rows in the order of their tokens, over which random keys are
-// spread evenly. So a scan can be cut into slices of equal width, and can resume
-// behind any token, in a narrower slice if need be. Cassandra's paging state, which
-// can be neither narrowed nor checked, is not used.
+// scan is a resumable scan of a table. Cassandra hashes each key to a token above -2^63 and stores rows in the order
+// of their tokens, over which random keys are spread evenly. So a scan can be cut into slices of equal width, and can
+// resume behind any token, in a narrower slice if need be. Cassandra's paging state, which can be neither narrowed
+// nor checked, is not used.
 type scan struct {
 	*table
 	minAge   int    // 0: all rows
@@ -172,15 +169,14 @@ func newScan(t *table) *scan {
 // more reports whether rows remain and the scan has not reached its end.
 func (s *scan) more() bool { return s.left > 0 && s.from < s.end }
 
-// fetched is a page of a slice, or why there is none.
+// fetched is a page of a slice, or the error that prevented it.
 type fetched struct {
 	page
 	err   error
 	slice *scan
 }
 
-// pages yields the rest of the scan in order, without empty pages. It reads several
-// slices concurrently as soon as it knows how wide they may be.
+// pages yields the rest of the scan in order, without empty pages. It reads slices concurrently once it knows a width.
 func (s *scan) pages(ctx context.Context, size int) iter.Seq2[page, error] {
 	return func(yield func(page, error) bool) {
 		var reading sync.WaitGroup
@@ -243,9 +239,8 @@ func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 	return all, err
 }
 
-// next reads a page of about size rows, perhaps none, and moves the scan behind
-// it. If Cassandra runs out of time, it tries a narrower slice, and widens later
-// ones again. A scan with a filter begins by counting rows without it, since Cassandra has to examine them.
+// next reads a page of about size rows, perhaps none, and moves the scan behind it. If Cassandra runs out of time, it
+// tries a narrower slice, and widens later ones again. A filtered scan first counts rows without its filter.
 func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
 		all := *s
@@ -276,9 +271,8 @@ func isTooWide(err error) bool {
 	return slices.Contains([]int{gocql.ErrCodeReadTimeout, gocql.ErrCodeReadFailure}, codeOf(err))
 }
 
-// read reads a page of the next slice and returns it with the scan behind it. It asks
-// for one row more, which shows that more follow. Since the position is a token, rows
-// with the same token, which random keys hardly ever have, share a page.
+// read reads a page of the next slice and returns it with the scan behind it. One row more shows that more follow.
+// Since the position is a token, rows with the same token, which random keys hardly ever have, share a page.
 func (s scan) read(ctx context.Context, size int) (fetched, error) {
 	p, end := page{}, s.bound()
 	statement, values := s.selectRange, []any{s.from, end}
@@ -317,8 +311,7 @@ func (s *scan) bound() int64 {
 	return s.from + int64(width)
 }
 
-// setWidth makes slices so wide that they have the wanted number of rows, judging
-// by the rows that lie between a token and the scan's position.
+// setWidth makes slices wide enough for the wanted number of rows, judging by those between from and the position.
 func (s *scan) setWidth(from int64, rows, wanted int) {
 	s.width = math.MaxUint64
 	if tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted); tokens < 1<<64 {
@@ -326,24 +319,22 @@ func (s *scan) setWidth(from int64, rows, wanted int) {
 	}
 }
 
-// token returns the position of the scan as URL-safe text, which every instance
-// accepts. The checksum covers the names of keyspace and table, too.
+// token returns the scan's position as URL-safe text for every instance. The checksum covers keyspace and table, too.
 func (s *scan) token(kind string) string {
 	position := fmt.Sprintf("%s.%d.%d.%d.%d", kind, s.minAge, s.left, s.from, s.width)
 	sum := crc32.ChecksumIEEE([]byte(position + "." + global.cluster.keyspace + "." + s.name))
 	return fmt.Sprintf("%s.%08x", position, sum)
 }
 
-// parseToken returns the scan at a token's position. It ignores errors in the
-// fields: damaged text is not what the result formats to.
+// parseToken returns the scan at a token's position. Damaged text is not the token of the scan that it parses to.
 func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
 	s = newScan(t)
 	fmt.Sscanf(text, kind+".%d.%d.%d.%d", &s.minAge, &s.left, &s.from, &s.width)
 	return s, text == s.token(kind) && s.more() && 0 <= s.minAge && s.minAge <= t.maxFilter
 }
 
-// tokenOf returns the token of a key, as Cassandra's Murmur3Partitioner computes
-// it: the first half of the MurmurHash3 x64 128 of the key's 16 bytes.
+// tokenOf returns the token of a key, as Cassandra's Murmur3Partitioner computes it: the first half of the
+// MurmurHash3 x64 128 of the key's 16 bytes.
 func tokenOf(key uuid.UUID) int64 {
 	const c1, c2 = 0x87c37b91114253d5, 0x4cf5ad432745937f
 	k1, k2 := binary.LittleEndian.Uint64(key[:8]), binary.LittleEndian.Uint64(key[8:])
@@ -363,7 +354,7 @@ func mix(h uint64) uint64 {
 	return h ^ h>>33
 }
 
-// parameters reads a query string and collects what is wrong with it.
+// parameters reads a query string and collects its errors.
 type parameters struct {
 	url.Values
 	errs []fieldError
@@ -408,8 +399,7 @@ func (p *parameters) scan(t *table, kind string) *scan {
 	return s
 }
 
-// fetch reads the parameters of a stream or a page. With page_state, limit is
-// unused, and age_filter must be missing or the same.
+// fetch reads the parameters of a stream or a page. With page_state, limit is unused and age_filter can't change.
 func (p *parameters) fetch(t *table) (s *scan, fetchSize int, err error) {
 	s, fetchSize = p.scan(t, streamToken), p.number("fetch_size", defaultFetch, 1, maxFetch)
 	limit, minAge := p.number("limit", unlimited, 1, unlimited), p.number("age_filter", s.minAge, 0, t.maxFilter)

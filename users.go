@@ -1,6 +1,5 @@
-// This file is the user: its type, its rules, its CQL and its JSON. It shows
-// prepared statements, lightweight transactions, a logged batch, idempotent
-// retries, conditional edits and strict JSON. A copy of it is a second resource.
+// This file is the user: its type, rules, CQL and JSON. It shows prepared statements, lightweight transactions, a
+// logged batch, idempotent retries, conditional edits and strict JSON. A copy of it is a second resource.
 
 package main
 
@@ -39,13 +38,12 @@ const (
 	defaultList   = 10     // users in a response of GET /users
 	maxList       = 100    // users
 	maxMemberName = 100    // bytes; longer names are not echoed
-)
 
-// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ.
-// A later transaction carries a ballot from a node's clock. If that lay before the
-// INSERT's timestamp, the change would be reported as applied and silently lost. The
-// id is new, so no older write shadows the row, and repeating the INSERT is harmless.
-const insertAge = 24 * time.Hour
+	// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ. A later transaction carries
+	// a ballot from a node's clock. If that lay before the INSERT's timestamp, the change would be reported as applied
+	// and silently lost. The id is new, so no older write shadows the row, and repeating the INSERT is harmless.
+	insertAge = 24 * time.Hour
+)
 
 const (
 	userColumns      = `id, created_at, updated_at, name, email, age` // in the order of user.columns
@@ -64,7 +62,7 @@ const (
 	insertKey = `INSERT INTO idempotency_keys (key, created_at, fingerprint, ids) VALUES (?, ?, ?, ?) IF NOT EXISTS`
 )
 
-// usersTable is what a scan needs to know of the users table.
+// usersTable describes the users table for scans.
 var usersTable = &table{
 	name:        "users",
 	maxFilter:   maxAge,
@@ -78,16 +76,15 @@ const errNoUser = notFound("User not found")
 
 var errTagMismatch, errKeyReused = errors.New("If-Match does not match"), errors.New("idempotency key was reused")
 
-// user is a row of the users table. Null columns, which this service never
-// writes, read as zero values.
+// user is a row of the users table. Null columns, which this service never writes, read as zero values.
 type user struct {
 	record
 	Name, Email string
 	Age         int
 }
 
-// columns returns pointers to the fields in the order of userColumns. Scan fills them,
-// an INSERT binds what they point to, and updateUser sets the third and later ones.
+// columns returns pointers to the fields in the order of userColumns. Scan fills them, an INSERT binds what they
+// point to, and updateUser sets the third and later ones.
 func (u *user) columns() []any {
 	return []any{(*gocql.UUID)(&u.ID), &u.CreatedAt, &u.UpdatedAt, &u.Name, &u.Email, &u.Age}
 }
@@ -151,8 +148,7 @@ func listUsers(w http.ResponseWriter, r *http.Request) error {
 	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
 }
 
-// postBatch handles POST /users/batch. It writes nothing unless all elements are
-// valid and small enough together.
+// postBatch handles POST /users/batch. It writes nothing unless all elements are valid and small enough together.
 func postBatch(w http.ResponseWriter, r *http.Request) error {
 	body, key, errs, err := readPost(r)
 	if err != nil {
@@ -193,13 +189,8 @@ func appendBatch(users []user) []byte {
 	return append(b[:len(b)-1], "]}\n"...)
 }
 
-// getUser handles GET /users/{id}. With Cache-Control: no-cache it first settles
-// a transaction on the user that was left unfinished.
-func getUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+// getUser handles GET /users/{id}. With Cache-Control: no-cache it first settles an unfinished transaction on the user.
+func getUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) error {
 	caching := strings.ToLower(strings.Join(r.Header["Cache-Control"], ","))
 	u, err := readUser(r.Context(), id, strings.Contains(caching, "no-cache"))
 	if err != nil {
@@ -214,14 +205,10 @@ func getUser(w http.ResponseWriter, r *http.Request) error {
 }
 
 // editUser handles PUT and PATCH /users/{id}.
-func editUser(w http.ResponseWriter, r *http.Request) error {
+func editUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) error {
 	mediaTypes, replace := []string{"application/json"}, r.Method == http.MethodPut
 	if !replace {
 		mediaTypes = append(mediaTypes, "application/merge-patch+json")
-	}
-	id, err := pathID(r)
-	if err != nil {
-		return err
 	}
 	body, err := readJSON(r, mediaTypes...)
 	if err != nil {
@@ -243,13 +230,8 @@ func editUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusOK, &u)
 }
 
-// removeUser handles DELETE /users/{id}. Deleting a missing user is not an error,
-// unless the request has If-Match.
-func removeUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+// removeUser handles DELETE /users/{id}. Deleting a missing user is not an error, unless the request has If-Match.
+func removeUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) (err error) {
 	var u user
 	if tags := r.Header["If-Match"]; tags == nil {
 		_, err = runTransaction(r.Context(), id, deleteUser+ifExists, gocql.UUID(id))
@@ -264,8 +246,8 @@ func removeUser(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// createUsers writes new users, or the same users again. Of a logged batch all are
-// written or, eventually, none, but for a moment a reader may see some of them.
+// createUsers writes new users, or the same users again. Of a logged batch all are written or, eventually, none, but
+// for a moment a reader may see some of them.
 func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
 	if key != "" {
 		records, sent := make([]*record, len(users)), []byte("users")
@@ -293,8 +275,8 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 	return err
 }
 
-// readUser returns a user or errNoUser. A linearizable read first settles a
-// transaction that was left unfinished, so its result can't change later.
+// readUser returns a user or errNoUser. A linearizable read first settles a transaction that was left unfinished, so
+// its result can't change later.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
 	return ask(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
@@ -309,20 +291,26 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error
 	})
 }
 
-// changeUser applies a change to the current user and returns the user as written. If
-// change is nil, it deletes the user. If ifMatch is not nil and has other tags, it
-// returns the current user and errTagMismatch.
+// changeUser applies a change to the current user and returns the user as written. If change is nil, it deletes the
+// user. If ifMatch is not nil and has other tags, it returns the current user and errTagMismatch.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
-	err = untilApplied(ctx, id, func() (applied bool, err error) {
+	turn := turnOf(string(id[:]))
+	if err := turn.wait(ctx); err != nil {
+		return u, err
+	}
+	defer turn.leave()
+	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
 		if u, err = readUser(ctx, id, false); err != nil {
-			return false, err
+			return u, err
 		}
 		if ifMatch != nil && !matches(ifMatch, u.etag()) {
-			return false, errTagMismatch
+			return u, errTagMismatch
 		}
-		return compareAndSet(ctx, &u, change)
-	})
-	return u, err
+		if applied, err := compareAndSet(ctx, &u, change); applied || err != nil {
+			return u, err
+		}
+		sleep(ctx, rand.N(pause)) // an edit on another instance came first
+	}
 }
 
 // compareAndSet writes the change if the user is still as it was read.
@@ -334,9 +322,8 @@ func compareAndSet(ctx context.Context, u *user, change func(*user)) (applied bo
 	if change == nil {
 		return runTransaction(ctx, u.ID, deleteUser+condition, values...)
 	}
-	before := u.UpdatedAt
 	change(u)
-	u.UpdatedAt = max(time.Now().UnixMilli(), before+1) // each version of a user has its own
+	u.UpdatedAt = max(time.Now().UnixMilli(), u.UpdatedAt+1) // each version of a user has its own
 	return runTransaction(ctx, u.ID, updateUser+condition, append(u.columns()[2:], values...)...)
 }
 
@@ -372,7 +359,7 @@ func isAddress(text string) bool {
 
 // What follows serves every resource.
 
-// record is what every row has.
+// record holds the columns that every table has.
 type record struct {
 	ID                   uuid.UUID
 	CreatedAt, UpdatedAt int64 // milliseconds since 1970, the precision of Cassandra's timestamp
@@ -381,9 +368,8 @@ type record struct {
 // etag returns the row's entity tag, which every change changes.
 func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10) + `"` }
 
-// recordKey records ids and time of new rows under an idempotency key, or gives the
-// rows those of the first request with that key and marks the response as replayed.
-// It returns errKeyReused if that request sent something else.
+// recordKey records ids and time of new rows under an idempotency key, or gives the rows those of the first request
+// with that key and marks the response as replayed. It returns errKeyReused if that request sent something else.
 func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKind, sent []byte, rows []*record) error {
 	turn := turnOf(key)
 	if err := turn.wait(r.Context()); err != nil {
@@ -412,21 +398,6 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 	return nil
 }
 
-// untilApplied attempts an edit of a row until it is applied or fails.
-func untilApplied(ctx context.Context, id uuid.UUID, attempt func() (applied bool, err error)) error {
-	turn := turnOf(string(id[:]))
-	if err := turn.wait(ctx); err != nil {
-		return err
-	}
-	defer turn.leave()
-	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
-		if applied, err := attempt(); applied || err != nil {
-			return err
-		}
-		sleep(ctx, rand.N(pause)) // an edit on another instance came first
-	}
-}
-
 // runTransaction runs a lightweight transaction on one row.
 func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
 	return ask(ctx, false, func(ctx context.Context) (bool, error) {
@@ -436,8 +407,8 @@ func runTransaction(ctx context.Context, id uuid.UUID, statement string, values 
 	})
 }
 
-// turns make transactions on the same row wait for each other, since concurrent
-// ones time out. A row shares its turn with few others, which nobody can choose.
+// turns make transactions on the same row wait for each other, since concurrent ones time out. A row shares its turn
+// with few others, and clients can't choose which.
 var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
 	for i := range gates {
 		gates[i] = make(gate, 1)
@@ -447,20 +418,19 @@ var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
 
 func turnOf(row string) gate { return turns[maphash.String(turnSeed, row)%uint64(len(turns))] }
 
-// field is a field that a client may set: its name, its rule, and a function that
-// reads a JSON value into it and reports whether the value follows the rule.
+// field is a field that a client may set. set reads a JSON value into it and reports whether it follows the rule.
 type field struct {
 	name, rule string
 	set        func(value json.RawMessage) bool
 }
 
-// readFields reads the members of a JSON object into fields and returns everything
-// that is wrong, located below at. Unless all is set, fields may be missing.
+// readFields reads the members of a JSON object into fields and returns all errors, located below at. Unless all is
+// set, fields may be missing.
 func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
 	}
-	seen, given := map[string]bool{}, 0
+	seen := map[string]bool{}
 	for name, value := range members(object) {
 		pointer, rule := at+"/"+pointerEscaper.Replace(name), ""
 		i := slices.IndexFunc(fields, func(f field) bool { return f.name == name })
@@ -480,14 +450,13 @@ func readFields(fields []field, object json.RawMessage, at string, all bool) (er
 			errs = append(errs, inBody(pointer, rule))
 		}
 	}
+	isSeen := func(f field) bool { return seen[f.name] }
 	for _, f := range fields {
-		if seen[f.name] {
-			given++
-		} else if all && !f.set(json.RawMessage("null")) { // an optional field accepts null
+		if all && !isSeen(f) && !f.set(json.RawMessage("null")) { // an optional field accepts null
 			errs = append(errs, inBody(at+"/"+f.name, "is missing; it "+f.rule))
 		}
 	}
-	if errs == nil && given == 0 {
+	if errs == nil && !slices.ContainsFunc(fields, isSeen) {
 		errs = append(errs, inBody(at, "must have at least one of "+namesOf(fields)))
 	}
 	return errs
@@ -528,8 +497,8 @@ func inBody(pointer, detail string) fieldError { return fieldError{Pointer: &poi
 // pointerEscaper makes a member's name a part of a JSON Pointer.
 var pointerEscaper = strings.NewReplacer("~", "~0", "/", "~1")
 
-// members yields the members of a valid JSON object, or the elements of an array.
-// encoding/json alone would match NAME to name and drop duplicates.
+// members yields the members of a valid JSON object, or the elements of an array. encoding/json alone would match
+// NAME to name and drop duplicates.
 func members(value json.RawMessage) iter.Seq2[string, json.RawMessage] {
 	return func(yield func(string, json.RawMessage) bool) {
 		decoder := json.NewDecoder(bytes.NewReader(value))
@@ -546,8 +515,7 @@ func members(value json.RawMessage) iter.Seq2[string, json.RawMessage] {
 	}
 }
 
-// readText reads a JSON string. It refuses U+FFFD, which encoding/json puts in
-// the place of invalid UTF-8 and of half a surrogate pair.
+// readText reads a JSON string without U+FFFD, which encoding/json puts in place of invalid UTF-8 and lone surrogates.
 func readText(value json.RawMessage, to *string) bool {
 	return value[0] == '"' && json.Unmarshal(value, to) == nil && !strings.ContainsRune(*to, utf8.RuneError)
 }
@@ -562,20 +530,18 @@ func readInteger(value json.RawMessage, to *int) bool {
 
 func isVisible(r rune) bool { return unicode.IsGraphic(r) && !unicode.IsSpace(r) }
 
-// pathID returns the {id} of the path. uuid.Parse alone also accepts braces, a
-// urn: prefix and 32 digits without dashes.
-func pathID(r *http.Request) (uuid.UUID, error) {
-	text := r.PathValue("id")
-	id, err := uuid.Parse(text)
-	if err != nil || len(text) != 36 {
-		return uuid.Nil, refuse(http.StatusBadRequest, "Invalid UUID format")
+// withID parses the {id} of the path. uuid.Parse alone also accepts braces, a urn: prefix and 32 bare digits.
+func withID(h func(w http.ResponseWriter, r *http.Request, id uuid.UUID) error) handler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		id, err := uuid.Parse(r.PathValue("id"))
+		if err != nil || len(r.PathValue("id")) != 36 {
+			return refuse(http.StatusBadRequest, "Invalid UUID format")
+		}
+		return h(w, r, id)
 	}
-	return id, nil
 }
 
-var visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
-
-// readPost returns the body, the Idempotency-Key or "", and what is wrong with that.
+// readPost returns the body, the Idempotency-Key or "", and their errors.
 func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldError, err error) {
 	body, err = readJSON(r, "application/json")
 	keys := r.Header["Idempotency-Key"]
@@ -587,19 +553,19 @@ func readPost(r *http.Request) (body json.RawMessage, key string, errs []fieldEr
 }
 
 var (
-	entityTag = regexp.MustCompile(`(W/)?"[^"]*"`)
-	tagList   = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
+	visibleASCII = regexp.MustCompile(`^[!-~]{1,255}$`)
+	entityTag    = regexp.MustCompile(`(W/)?"[^"]*"`)
+	tagList      = regexp.MustCompile(`^(W/)?"[^"]*"(\s*,\s*(W/)?"[^"]*")*$`)
 )
 
-// matches reports whether a list of entity tags has the tag or is *. A malformed
-// list has no tags.
+// matches reports whether a list of entity tags has the tag or is *. A malformed list has no tags.
 func matches(header []string, tag string) bool {
 	list := strings.TrimSpace(strings.Join(header, ","))
 	return list == "*" || tagList.MatchString(list) && slices.Contains(entityTag.FindAllString(list, -1), tag)
 }
 
-// appendTime appends milliseconds since 1970 as RFC 3339 text. The time package is
-// three times as fast with its own layout as with one that has milliseconds.
+// appendTime appends milliseconds since 1970 as RFC 3339 text. The time package is three times as fast with its own
+// layout as with one that has milliseconds.
 func appendTime(b []byte, milliseconds int64) []byte {
 	at := time.UnixMilli(milliseconds).UTC()
 	b = at.AppendFormat(append(b, '"'), time.RFC3339)
@@ -607,8 +573,7 @@ func appendTime(b []byte, milliseconds int64) []byte {
 	return append(b[:len(b)-1], '.', byte('0'+ms/100), byte('0'+ms/10%10), byte('0'+ms%10), 'Z', '"')
 }
 
-// appendString appends text as JSON. encoding/json takes ten times as long, so
-// it only gets text that needs escaping.
+// appendString appends text as JSON. encoding/json takes ten times as long, so it only gets text that needs escaping.
 func appendString(b []byte, text string) []byte {
 	plain := utf8.ValidString(text)
 	for i := range len(text) {
