@@ -100,11 +100,7 @@ func keepConnected(c cluster) (disconnect func()) {
 // watch opens a session, pings it, and replaces it if it does not respond for a while. The driver reconnects a lost
 // node by itself. But after a longer outage its session may stay dead, if a node's new address can't be reached.
 func watch(ctx context.Context, c cluster) {
-	for {
-		s := c.openWithRetry(ctx)
-		if s == nil {
-			return
-		}
+	for s := c.openWithRetry(ctx); s != nil; s = c.openWithRetry(ctx) {
 		counters.connected.Store(true)
 		slog.Info("connected to Cassandra", "session", counters.sessions.Add(1), "keyspace", c.keyspace)
 		if old := global.session.Swap(s); old != nil {
@@ -173,8 +169,15 @@ func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
 	}
 	if err = c.createMissing(ctx, s, selectTables, createTables); err != nil {
 		go s.Close()
+		return nil, err
 	}
-	return s, err
+	var preparing sync.WaitGroup // else the first requests would take twice as long
+	sendNothing := func(*gocql.QueryInfo) ([]any, error) { return nil, errors.New("prepared") }
+	for _, statement := range []string{insertUser, selectUser, usersTable.selectRange, usersTable.selectFiltered} {
+		preparing.Go(func() { s.Bind(statement, sendNothing).WithContext(ctx).Observer(nil).Exec() })
+	}
+	preparing.Wait()
+	return s, nil
 }
 
 // createMissing creates what a lookup does not find. So a role without CREATE works, and instances that start
