@@ -1073,20 +1073,6 @@ func storedRow(t testing.TB, path string) (row string) {
 	return row
 }
 
-// lostChanges creates n users, changes each immediately, by PUT, PATCH or DELETE
-// in turn, and counts the changes that were reported as applied and are lost.
-func lostChanges(t *testing.T, n int, create func() (path string)) (lost int64) {
-	concurrently(n, func(i int) {
-		path, method := create(), []string{"PUT", "PATCH", "DELETE"}[i%3]
-		wantStatus(t, do(t, method+" "+path, []string{userWithAge("77"), `{"age":77}`, ""}[i%3]), []int{200, 200, 204}[i%3])
-		r := do(t, "GET "+path, "")
-		if kept := method == "DELETE" && r.status == 404 || method != "DELETE" && strings.Contains(r.body, `"age":77`); !kept {
-			atomic.AddInt64(&lost, 1)
-		}
-	})
-	return lost
-}
-
 // newAda returns a user that was not written.
 func newAda() *user {
 	u := newUsers(1)[0]
@@ -1095,28 +1081,21 @@ func newAda() *user {
 }
 
 func TestChangesRightAfterCreationAreKept(t *testing.T) {
-	wantEqual(t, "changes lost of 300", lostChanges(t, 300, func() string { return createPath(t) }), 0)
-	write := func(u *user, query func() error) string { must(t, query()); return "/users/" + u.ID.String() }
-	for _, skew := range []time.Duration{time.Hour, -time.Hour} { // of the clock of the instance that created the user
-		wantEqual(t, "changes lost of 60 with a skew of "+skew.String(), lostChanges(t, 60, func() string {
+	for _, skew := range []time.Duration{0, time.Hour, -time.Hour} { // of the clock of the instance that creates the user
+		concurrently(90, func(i int) {
 			u := newAda()
 			u.CreatedAt += skew.Milliseconds()
 			u.UpdatedAt = u.CreatedAt
-			return write(u, func() error {
-				return createUsers(httptest.NewRecorder(), newRequest(t.Context(), "POST /users", ""), insert, "", []user{*u})
-			})
-		}), 0)
-	}
-	// That could fail: stamped ahead, as by the clock of another coordinator, an INSERT
-	// wins over later changes; further ahead on a machine so busy that 5 ms have passed.
-	lost := int64(0)
-	for ahead := 5 * time.Millisecond; ahead < time.Minute && lost == 0; ahead *= 5 {
-		lost = lostChanges(t, 60, func() string {
-			u := newAda()
-			return write(u, currentSession().Query(insertUser, u.columns()...).WithTimestamp(time.Now().Add(ahead).UnixMicro()).Exec)
+			request, path := newRequest(t.Context(), "POST /users", ""), "/users/"+u.ID.String()
+			wantEqual(t, "error", createUsers(httptest.NewRecorder(), request, insert, "", []user{*u}), nil)
+			method := []string{"PUT", "PATCH", "DELETE"}[i%3]
+			changed := do(t, method+" "+path, pick(method == "PUT", userWithAge("77"), `{"age":77}`))
+			wantStatus(t, changed, pick(method == "DELETE", 204, 200))
+			r := do(t, "GET "+path, "")
+			isKept := pick(method == "DELETE", r.status == 404, strings.Contains(r.body, `"age":77`))
+			failIf(t, !isKept, "with a skew of %s %s is lost: %s", skew, method, r)
 		})
 	}
-	failIf(t, lost == 0, "no change is ever lost, so this test shows nothing")
 }
 
 // The change runs between an edit's read and its write, so another instance's
@@ -1324,15 +1303,6 @@ func shortTexts(i int) (name, email string) {
 	return fmt.Sprintf("Ada %d", i), fmt.Sprintf("ada%d@example.com", i)
 }
 
-// textsOf returns a name and an email of size bytes together; the name has
-// characters of four bytes, so that it can have 400 bytes.
-func textsOf(size int) (name, email string) {
-	const domain = "@example.com"
-	inEmail := min(size-1, maxEmail)
-	inName := size - inEmail
-	return strings.Repeat("𝔸", inName/4) + strings.Repeat("A", inName%4), strings.Repeat("e", inEmail-len(domain)) + domain
-}
-
 func TestBatchIsCreatedInOrder(t *testing.T) {
 	for _, n := range []int{1, maxBatch} {
 		r := do(t, "POST /users/batch", batchOf(n, shortTexts))
@@ -1373,24 +1343,20 @@ func TestRefusedBatchWritesNothing(t *testing.T) {
 // Cassandra counts the size of a batch in its own way: a batch of 44 000 bytes of
 // response JSON must be less than it refuses, whatever the users look like.
 func TestLargestBatch(t *testing.T) {
-	const limit, small, largest = 44_000, 100, 4*maxName + maxEmail
-	for _, tt := range []struct {
-		n     int
-		texts func(i int) int // bytes of name and email
-	}{
-		{55, func(i int) int { return pick(i >= 53, small, largest) }}, // every text field at its maximum
-		{maxBatch, func(int) int { return 283 }}, {maxBatch, func(i int) int { return small + (i+1)%2*2*(283-small) }},
-	} {
-		post := func(more int) response {
-			return do(t, "POST /users/batch", batchOf(tt.n, func(i int) (name, email string) {
-				return textsOf(tt.texts(i) + pick(i == tt.n-1, more, 0))
+	const limit = 44_000
+	email := strings.Repeat("e", maxEmail-len("@example.com")) + "@example.com"
+	for _, n := range []int{55, maxBatch} { // the largest users, and the most of them
+		post := func(allNames int) response { // bytes, distributed evenly
+			return do(t, "POST /users/batch", batchOf(n, func(i int) (string, string) {
+				size := allNames*(i+1)/n - allNames*i/n
+				return strings.Repeat("𝔸", size/4) + strings.Repeat("A", size%4), email
 			}))
 		}
-		rest := limit - len(post(0).body)
-		r := post(rest)
+		most := n + limit - len(post(n).body)
+		r := post(most)
 		wantStatus(t, r, 201)
 		wantEqual(t, "bytes", len(r.body), limit)
-		wantProblem(t, post(rest+1), 413, "Batch too large: 44001 bytes of response JSON, limit 44000; split it")
+		wantProblem(t, post(most+1), 413, "Batch too large: 44001 bytes of response JSON, limit 44000; split it")
 	}
 }
 
@@ -1445,24 +1411,16 @@ func TestGoodParameters(t *testing.T) {
 
 var fillOnce sync.Once
 
-// storedUsers returns all users as JSON in the order of their tokens, read with
-// nothing but the driver. There are over 6000, 60 or more of each age from 0 to 99.
-func storedUsers(t testing.TB) (users []string) {
+// storedUsers returns all users in the order of their tokens, read with nothing but
+// the driver. There are over 6000, 60 or more of each age from 0 to 99.
+func storedUsers(t testing.TB) (users []*user) {
 	t.Helper()
 	fillOnce.Do(func() { fillUsers(t, 6000) })
-	rows := currentSession().Query(`SELECT id, name, email, age, created_at, updated_at FROM users`).PageSize(5000).Iter()
-	for {
-		var u userJSON
-		var created, updated int64 // 0 if null
-		if !rows.Scan(&u.ID, &u.Name, &u.Email, &u.Age, &created, &updated) {
-			break
-		}
-		u.CreatedAt, u.UpdatedAt = timeText(created), timeText(updated)
-		users = append(users, encode(u))
+	rows := currentSession().Query(`SELECT ` + userColumns + ` FROM users`).PageSize(5000).Iter()
+	for u := new(user); rows.Scan(u.columns()...); u = new(user) {
+		users = append(users, u)
 	}
-	if err := rows.Close(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, rows.Close())
 	return users
 }
 
@@ -1475,49 +1433,49 @@ func fillUsers(t testing.TB, n int) {
 	concurrently(n, func(i int) {
 		u := newAda()
 		u.Name, u.Age = fmt.Sprintf("%0100d", i), i%100
-		if err := currentSession().Query(insertUser, u.columns()...).Exec(); err != nil {
-			t.Error(err)
-		}
+		wantEqual(t, "error", currentSession().Query(insertUser, u.columns()...).Exec(), nil)
 	})
 }
 
 // ofAge returns the users of an age or older.
-func ofAge(users []string, age int) (older []string) {
-	for _, u := range users {
-		_, text, _ := strings.Cut(u[len(u)-90:], `"age":`)
-		text, _, _ = strings.Cut(text, ",")
-		if n, _ := strconv.Atoi(text); n >= age {
-			older = append(older, u)
-		}
-	}
-	return older
+func ofAge(users []*user, age int) []*user {
+	return slices.DeleteFunc(slices.Clone(users), func(u *user) bool { return u.Age < age })
 }
 
-func array(users []string) string { return "[" + strings.Join(users, ",") + "]\n" }
+// lines returns users as NDJSON, and array as a JSON array.
+func lines(users []*user) string {
+	var text []byte
+	for _, u := range users {
+		text = append(u.appendJSON(text), '\n')
+	}
+	return string(text)
+}
 
-func lines(users []string) string { return strings.TrimPrefix(strings.Join(users, "\n")+"\n", "\n") }
+func array(users []*user) string {
+	return "[" + strings.ReplaceAll(strings.TrimSuffix(lines(users), "\n"), "\n", ",") + "]\n"
+}
 
 // readPages follows page_state from a query on, with one fetch_size after the
-// other, and returns all users as JSON.
-func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSizes ...int) (users []string) {
+// other, and returns all users as a JSON array.
+func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSizes ...int) string {
 	t.Helper()
+	var pages []string
 	for i := 0; ; i++ {
 		size := fetchSizes[i%len(fetchSizes)]
 		r := doOn(t, h, fmt.Sprintf("GET %s?%s&fetch_size=%d", path, query, size), "")
 		members := decode[map[string]json.RawMessage](t, r, 200)
-		page := decode[[]json.RawMessage](t, response{body: string(members[member])}, 0)
-		state, more := strings.Trim(string(members["page_state"]), `"`), string(members["has_more"]) == "true"
-		wantBody(t, r, 200, fmt.Sprintf(`{"%s":%s,"has_more":%t,"page_state":%s}`+"\n", member, members[member], more, members["page_state"]))
+		users, state, more := string(members[member]), strings.Trim(string(members["page_state"]), `"`), string(members["has_more"]) == "true"
+		wantBody(t, r, 200, fmt.Sprintf(`{"%s":%s,"has_more":%t,"page_state":%s}`+"\n", member, users, more, members["page_state"]))
 		wantEqual(t, "has_more", more, state != "null")
-		for _, u := range page {
-			users = append(users, string(u))
+		if users != "[]" {
+			pages = append(pages, strings.Trim(users, "[]"))
 		}
-		if member == "users" && len(page) > size { // crafted ids with the same token share a page
-			t.Fatalf("%d users for fetch_size %d", len(page), size)
+		if n := strings.Count(users, `"id":`); member == "users" && n > size { // crafted ids with the same token share a page
+			t.Fatalf("%d users for fetch_size %d", n, size)
 		}
 		if !more {
 			wantHeader(t, r, "Link", "")
-			return users
+			return "[" + strings.Join(pages, ",") + "]\n"
 		}
 		query = "page_state=" + state
 		wantHeader(t, r, "Link", fmt.Sprintf(`<%s?fetch_size=%d&page_state=%s>; rel="next"`, path, size, state))
@@ -1527,7 +1485,7 @@ func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSi
 func TestStreamsHaveEveryUserOnce(t *testing.T) {
 	all := storedUsers(t)
 	pages := func(query string, sizes ...int) string {
-		return array(readPages(t, service, "/users/stream/pages", "users", query, sizes...))
+		return readPages(t, service, "/users/stream/pages", "users", query, sizes...)
 	}
 	for query := range strings.SplitSeq("|fetch_size=100|fetch_size=5000", "|") {
 		wantBody(t, do(t, "GET /users/stream?"+query, ""), 200, array(all))
@@ -1684,7 +1642,7 @@ func TestIDsWithTheSameToken(t *testing.T) {
 	for size := 1; size <= 13; size++ { // pages end before, between and behind them
 		for query := range strings.SplitSeq("|age_filter=30", "|") {
 			wantBody(t, doOn(t, streamed, fmt.Sprintf("GET /test?fetch_size=%d&%s", size, query), ""), 200, all)
-			wantEqual(t, fmt.Sprintf("pages of %d", size), array(readPages(t, pages, "/test", name, query, size)), all)
+			wantEqual(t, fmt.Sprintf("pages of %d", size), readPages(t, pages, "/test", name, query, size), all)
 		}
 	}
 }
@@ -1989,66 +1947,50 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
-// BenchmarkHandlers does the same work by the bare driver and by the handler, in
-// turn, in one run, and reports the ratio of their rates: that lasts, while a
-// machine's absolute figures don't. One iteration is the entire comparison, so use
-// -benchtime 1x.
-func BenchmarkHandlers(b *testing.B) {
-	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
-	path := createPath(b)
-	id := gocql.UUID(uuid.MustParse(strings.TrimPrefix(path, "/users/")))
-	read := func() (int, error) { return 1, currentSession().Query(selectUser, id).Scan(new(user).columns()...) }
-	create := func() (int, error) { return 1, currentSession().Query(insertUser, newAda().columns()...).Exec() }
-	for _, clients := range []int{1, 32, 128} {
-		compare(b, fmt.Sprintf("reads/clients=%d", clients), clients, read, handled("GET "+path, "", 1))
-		compare(b, fmt.Sprintf("creates/clients=%d", clients), clients, create, handled("POST /users", adaBody, 1))
-	}
-	exec(b, `TRUNCATE users`)
-	fillUsers(b, 100_000)
-	for _, size := range []int{100, 1000, 5000} {
-		compare(b, fmt.Sprintf("streams/page=%d", size), 1, func() (rows int, err error) {
-			scan := currentSession().Query(`SELECT ` + userColumns + ` FROM users`).PageSize(size).Iter()
-			for columns := new(user).columns(); scan.Scan(columns...); rows++ {
-			}
-			return rows, scan.Close()
-		}, handled(fmt.Sprintf("GET /users/stream?fetch_size=%d", size), "", 100_000))
-	}
+// Benchmarks.
+
+// way is one way to do a benchmark's work: do does it once and returns the number of rows.
+type way struct {
+	name string
+	do   func() (rows int, err error)
 }
 
-// compare reports the median rates of the bare driver and of the handler, and the
-// median of their ratios, of 15 rounds after one to warm up. The order changes,
-// since each way leaves work for the next: garbage, a table to flush.
-func compare(b *testing.B, name string, clients int, bare, handler func() (rows int, err error)) {
-	b.Run(name, func(b *testing.B) {
+// compare runs all ways in turn, for 0.3 s each, in 15 rounds after one to warm up. It reports the medians of their
+// rates, and of the ratios to the first one: ratios last, unlike the figures of a machine. The order is random, since
+// each way leaves garbage and a table to flush for the next. One iteration is the entire comparison, so -benchtime is 1x.
+func compare(b *testing.B, name string, clients int, ways ...way) {
+	b.Run(fmt.Sprintf("%s/clients=%d", name, clients), func(b *testing.B) {
+		rates, ratios := make([][16]float64, len(ways)), make([][16]float64, len(ways))
 		for b.Loop() {
-			var rates [3][]float64
-			for range 16 {
-				var rate [2]float64
-				for _, i := range rand.Perm(2) {
-					rate[i] = rateOf(b, clients, []func() (int, error){bare, handler}[i])
+			for round := range 16 {
+				for _, i := range rand.Perm(len(ways)) {
+					rates[i][round] = rateOf(b, clients, ways[i].do)
 				}
-				for i, value := range []float64{rate[0], rate[1], rate[1] / rate[0]} {
-					rates[i] = append(rates[i], value)
+				for i := range ways {
+					ratios[i][round] = rates[i][round] / rates[0][round]
 				}
 			}
-			for i, unit := range []string{"bare/s", "handler/s", "handler:bare"} {
-				slices.Sort(rates[i][1:])
-				b.ReportMetric(rates[i][8], unit)
+		}
+		for i, w := range ways {
+			slices.Sort(rates[i][1:])
+			b.ReportMetric(rates[i][8], w.name+"/s")
+			if slices.Sort(ratios[i][1:]); i > 0 {
+				b.ReportMetric(ratios[i][8], w.name+":"+ways[0].name)
 			}
 		}
 		b.ReportMetric(0, "ns/op")
 	})
 }
 
-// rateOf calls f with so many clients for 0.3 s and returns rows per second.
-func rateOf(b *testing.B, clients int, f func() (int, error)) float64 {
+// rateOf returns the rows per second of concurrent clients.
+func rateOf(b *testing.B, clients int, do func() (int, error)) float64 {
 	var rows atomic.Int64
 	var running sync.WaitGroup
 	start := time.Now()
 	for range clients {
 		running.Go(func() {
 			for time.Since(start) < 300*time.Millisecond && !b.Failed() {
-				n, err := f()
+				n, err := do()
 				failIf(b, err != nil, "%v", err)
 				rows.Add(int64(n))
 			}
@@ -2058,12 +2000,117 @@ func rateOf(b *testing.B, clients int, f func() (int, error)) float64 {
 	return float64(rows.Load()) / time.Since(start).Seconds()
 }
 
-// handled returns a function that sends a request to the service in process,
-// which returns so many rows.
-func handled(request, body string, rows int) func() (int, error) {
-	return func() (int, error) {
-		w := &httptest.ResponseRecorder{} // keeps no body
-		service.ServeHTTP(w, newRequest(context.Background(), request, body))
-		return pick(w.Code < 300, rows, 0), nil
+// bare is the driver alone, with its own dialer, and the ids of some users.
+type bare struct {
+	*gocql.Session
+	ids []gocql.UUID
+}
+
+func (db bare) anyID() gocql.UUID { return db.ids[rand.IntN(len(db.ids))] }
+
+func (db bare) get() (int, error) {
+	return 1, db.Query(selectUser, db.anyID()).Scan(new(user).columns()...)
+}
+
+func (db bare) post() (int, error) { return 1, db.Query(insertUser, newAda().columns()...).Exec() }
+
+func (db bare) put() (int, error) {
+	_, err := db.Query(updateUser+ifExists, append(newAda().columns()[2:], db.anyID())...).ScanCAS(new(int64))
+	return 1, err
+}
+
+func (db bare) postBatch() (int, error) {
+	batch := db.NewBatch(gocql.LoggedBatch)
+	for range maxBatch {
+		batch.Query(insertUser, newAda().columns()...)
+	}
+	return maxBatch, db.ExecuteBatch(batch)
+}
+
+func (db bare) scan(size, most int) (rows int, err error) {
+	it := db.Query(`SELECT ` + userColumns + ` FROM users`).PageSize(size).Iter()
+	for columns := new(user).columns(); rows < most && it.Scan(columns...); rows++ {
+	}
+	return rows, it.Close()
+}
+
+// ServeHTTP serves users naively, without deadlines, limits, ids, metrics and problem responses.
+func (db bare) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	u, err := newAda(), error(nil)
+	if r.Method == "GET" {
+		err = db.Query(selectUser, strings.TrimPrefix(r.URL.Path, "/users/")).Scan(u.columns()...)
+	} else if err = json.NewDecoder(r.Body).Decode(u); err == nil {
+		err = db.Query(insertUser, u.columns()...).Exec()
+	}
+	if err != nil {
+		w.WriteHeader(http.StatusInternalServerError)
+	}
+	json.NewEncoder(w).Encode(u)
+}
+
+// inProcess is a transport to the service that needs no network.
+type inProcess struct{}
+
+func (inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
+	w := &httptest.ResponseRecorder{} // keeps no body
+	service.ServeHTTP(w, r)
+	return &http.Response{StatusCode: w.Code, Body: http.NoBody}, nil
+}
+
+var overHTTP = &http.Transport{MaxIdleConnsPerHost: 200}
+
+// sends returns a way that sends a request, in which ID stands for the id of any user. Without a url it stays in process.
+func (db bare) sends(name, url, request, body string, rows int, headers ...string) way {
+	transport := pick[http.RoundTripper](url == "", inProcess{}, overHTTP)
+	return way{name, func() (int, error) {
+		request := strings.NewReplacer(" ", " "+url, "ID", db.anyID().String()).Replace(request)
+		resp, err := transport.RoundTrip(newRequest(context.Background(), request, body, headers...))
+		if err != nil {
+			return 0, err
+		}
+		defer resp.Body.Close()
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode >= 300 {
+			return 0, fmt.Errorf("%s: status %d, %v", request, resp.StatusCode, err)
+		}
+		return rows, nil
+	}}
+}
+
+// BenchmarkService compares the bare driver, the service in process and over HTTP, and a naive handler. The last ones add users.
+func BenchmarkService(b *testing.B) {
+	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
+	const users = 100_000
+	exec(b, `TRUNCATE users`)
+	fillUsers(b, users)
+	cfg := config.cluster.config(&countingDialer{})
+	cfg.Dialer, cfg.NumConns = nil, 2 // the driver's defaults
+	session, err := cfg.CreateSession()
+	must(b, err)
+	defer session.Close()
+	db, id := bare{Session: session}, gocql.UUID{}
+	for rows := session.Query(`SELECT id FROM users LIMIT 1000`).Iter(); rows.Scan(&id); {
+		db.ids = append(db.ids, id)
+	}
+	url, naive := serve(b, service), serve(b, db)
+	for _, size := range []int{100, 1000, 5000} {
+		stream := fmt.Sprintf("GET /users/stream?fetch_size=%d", size)
+		compare(b, fmt.Sprintf("streams/page=%d", size), 1, way{"bare", func() (int, error) { return db.scan(size, users) }},
+			db.sends("process", "", stream, "", users), db.sends("http", url, stream, "", users),
+			db.sends("limit", url, stream+"&limit=50000", "", 50_000))
+	}
+	for _, clients := range []int{1, 32, 128} {
+		run := func(name string, bare func() (int, error), request, body string, rows int, others ...way) {
+			compare(b, name, clients, append([]way{{"bare", bare}, db.sends("process", "", request, body, rows),
+				db.sends("http", url, request, body, rows)}, others...)...)
+		}
+		run("lists", func() (int, error) { return db.scan(100, 100) }, "GET /users?limit=100", "", 100)
+		run("reads", db.get, "GET /users/ID", "", 1, db.sends("naive", naive, "GET /users/ID", "", 1),
+			db.sends("no-cache", url, "GET /users/ID", "", 1, "Cache-Control: no-cache"))
+		run("updates", db.put, "PUT /users/ID", adaBody, 1, db.sends("if-match", url, "PUT /users/ID", adaBody, 1, "If-Match: *"))
+		run("creates", db.post, "POST /users", adaBody, 1, db.sends("naive", naive, "POST /users", adaBody, 1),
+			way{"key", func() (int, error) {
+				return db.sends("", url, "POST /users", adaBody, 1, "Idempotency-Key: "+uuid.NewString()).do()
+			}})
+		run("batches", db.postBatch, "POST /users/batch", batchOf(maxBatch, shortTexts), maxBatch)
 	}
 }

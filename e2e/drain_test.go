@@ -120,11 +120,3 @@ func TestDeadLogReader(t *testing.T) {
 	want(t, <-active, 200)
 	s.wantExit(t, 0, 10*time.Second)
 }
-
-func TestShutdownEndpoint(t *testing.T) {
-	t.Parallel()
-	const off, elsewhere = "POST /shutdown is turned off; see SHUTDOWN_ENDPOINT", "Shutdown is only accepted directly from this machine"
-	want(t, start(t, useCrowd(t), "SHUTDOWN_ENDPOINT=off").do("POST /shutdown", ""), 403, off)
-	want(t, start(t, useCrowd(t), "ADDR=0.0.0.0:0").do("POST /shutdown", ""), 403, off)
-	want(t, start(t, useCrowd(t)).do("POST /shutdown", "", "X-Forwarded-For: 192.0.2.1"), 403, elsewhere)
-}

@@ -46,26 +46,6 @@ func TestConcurrentRetriesCreateOnce(t *testing.T) {
 	}
 }
 
-func TestRetryUndoesNothing(t *testing.T) {
-	both := startTwo(t)
-	const key, reused = "Idempotency-Key: k", `"errors":[{"header":"Idempotency-Key","detail":"was used for a different request"}]`
-	first := both[0].do("POST /users", ada, key)
-	want(t, first, 201)
-	path := first.header.Get("Location")
-	retry := func() {
-		r := both[1].do("POST /users", ada, key)
-		check(t, want(t, r, 201, first.body) && r.header.Get("Idempotency-Replayed") == "true", "%s; want the response %s", r, first)
-	}
-	want(t, both[1].do("PATCH "+path, `{"age":77}`), 200)
-	retry()
-	want(t, both[0].do("GET "+path, ""), 200, `"age":77,`)
-	want(t, both[1].do("DELETE "+path, ""), 204)
-	retry()
-	want(t, both[0].do("GET "+path, ""), 404)
-	want(t, both[0].do("POST /users", strings.Replace(ada, "36", "37", 1), key), 422, reused)
-	want(t, both[0].do("POST /users/batch", batchOf(1, ada), key), 422, reused)
-}
-
 // Cassandra is killed and restarted half way through 500 keys. Every client repeats its request until the response is 201.
 func TestRetriesAcrossAnOutageCreateOnce(t *testing.T) {
 	needsLong(t)

@@ -55,7 +55,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintf(os.Stderr, "%v\nThe tests need a Cassandra. This command starts one: go run ./cassandra go test ./...\n", err)
 		os.Exit(1)
 	}
-	flag.Set("test.parallel", "12") // parallel tests mostly wait
+	flag.Set("test.parallel", "8") // parallel tests mostly wait
 	m.Run()
 	os.RemoveAll(binaries)
 	for i := range keyspaces.Load() {
@@ -265,6 +265,7 @@ func batchOf(n int, user string) string { return "[" + strings.Repeat(user+",", 
 
 type metrics struct {
 	Queries     int64                              `json:"total_queries"`
+	QueryTimes  map[string]float64                 `json:"query_times"`
 	Errors      int64                              `json:"errors_count"`
 	Connections struct{ Open, Opened, Failed int } `json:"cassandra_connections"`
 	InFlight    int                                `json:"requests_in_flight"`
