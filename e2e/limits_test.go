@@ -125,9 +125,7 @@ func TestBehindNginx(t *testing.T) {
 			server { listen %s; location / { proxy_pass %[2]s; proxy_http_version 1.1; } }
 		}`, first, s.url, second)
 	cmd := exec.Command(nginx, "-p", dir, "-c", filepath.Join(dir, "nginx.conf"))
-	if err := cmp.Or(os.WriteFile(filepath.Join(dir, "nginx.conf"), []byte(config), 0o600), cmd.Start()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmp.Or(os.WriteFile(filepath.Join(dir, "nginx.conf"), []byte(config), 0o600), cmd.Start()))
 	defer cmd.Process.Kill()
 	byDefault, by11 := &service{url: "http://" + first}, &service{url: "http://" + second}
 	await(t, 10*time.Second, "reachable through nginx", func() bool { return by11.do("GET /", "").status == 200 })

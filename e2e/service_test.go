@@ -121,9 +121,7 @@ func startCommand(t testing.TB, cmd *exec.Cmd, settings ...string) *service {
 	stderr, _ := os.Create(s.logFile)
 	defer stderr.Close()
 	s.Stderr = stderr
-	if err := s.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Start())
 	go func() {
 		s.Wait()
 		exit()
@@ -233,6 +231,12 @@ func check(t testing.TB, ok bool, format string, args ...any) {
 	}
 }
 
+func must(t testing.TB, err error) {
+	if t.Helper(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func decode[T any](t testing.TB, r response, status int) (value T) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(r.body), &value); err != nil || !want(t, r, status) {
@@ -311,9 +315,7 @@ func (s *service) wantMemory(t testing.TB, megabytes int) {
 // dial sends a raw request and reads n bytes of the response. A small buffer leaves the rest to the service.
 func (s *service) dial(t testing.TB, request string, n int64) net.Conn {
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(5 * time.Minute))
 	conn.(*net.TCPConn).SetReadBuffer(128 << 10)
@@ -441,9 +443,7 @@ type proxy struct {
 // startProxy starts a proxy to the tests' Cassandra, with TLS if certificates are given.
 func startProxy(t testing.TB, addr string, delay time.Duration, certificates ...tls.Certificate) *proxy {
 	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if certificates != nil {
 		listener = tls.NewListener(listener, &tls.Config{Certificates: certificates})
 	}
@@ -539,9 +539,7 @@ func startNode(t testing.TB, flags ...string) *node {
 	n := &node{addr: closedAddress(), pidFile: filepath.Join(t.TempDir(), "pid")}
 	_, port, _ := net.SplitHostPort(n.addr)
 	cmd := exec.Command(buildLauncher(), append(flags, "-port", port, "-pid", n.pidFile, "sleep", "3600")...)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Signal(syscall.SIGTERM)
 		cmd.Wait()
