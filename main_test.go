@@ -1402,9 +1402,12 @@ var fillOnce sync.Once
 func storedUsers(t testing.TB) (users []*user) {
 	t.Helper()
 	fillOnce.Do(func() { fillUsers(t, 6000) })
-	rows := currentSession().Query(`SELECT ` + userColumns + ` FROM users`).PageSize(5000).Iter()
-	for u := new(user); rows.Scan(u.columns()...); u = new(user) {
+	rows, token := currentSession().Query(`SELECT `+userColumns+`, token(id) FROM users`).PageSize(5000).Iter(), int64(0)
+	for u := new(user); rows.Scan(append(u.columns(), &token)...); u = new(user) {
 		users = append(users, u)
+		if tokenOf(u.ID) != token { // then a stream would not end
+			t.Fatalf("tokenOf(%s) = %d, want %d", u.ID, tokenOf(u.ID), token)
+		}
 	}
 	must(t, rows.Close())
 	return users
@@ -1614,8 +1617,9 @@ func TestIDsWithTheSameToken(t *testing.T) {
 	for token, ids := range idsByToken {
 		for id := range strings.FieldsSeq(ids) {
 			u := newAda()
-			u.ID = uuid.MustParse(id)
-			wantEqual(t, "token", tokenOf(u.ID), token)
+			if u.ID = uuid.MustParse(id); tokenOf(u.ID) != token {
+				t.Fatalf("tokenOf(%s) = %d, want %d", id, tokenOf(u.ID), token)
+			}
 			insert(u)
 		}
 	}
@@ -1781,6 +1785,16 @@ func figure(t testing.TB, path string) float64 {
 		return pick(isTrue, 1.0, 0)
 	}
 	return value.(float64)
+}
+
+func TestConnectionsAreCounted(t *testing.T) {
+	var dialer countingDialer
+	conn, err := dialer.DialContext(t.Context(), "tcp", strings.TrimPrefix(serve(t, service), "http://"))
+	must(t, err)
+	wantEqual(t, "open", dialer.open.Load(), 1)
+	conn.Close()
+	conn.Close() // as the driver does
+	wantEqual(t, "open after both", dialer.open.Load(), 0)
 }
 
 func TestQueriesPerSecondIsTheMeanOfAMinute(t *testing.T) {
