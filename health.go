@@ -271,14 +271,15 @@ func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Conte
 	again := sync.OnceValues(func() (T, error) { return query(ctx) })
 	first, cancel := context.WithCancel(ctx)
 	defer cancel()
-	hedge := time.AfterFunc(hedgeDelay, func() {
-		if isRepeatable && dialer.lagging.Load() {
-			if _, err := again(); err == nil {
-				cancel()
+	defer time.AfterFunc(hedgeDelay, func() {
+		for ; isRepeatable && first.Err() == nil; sleep(first, hostInterval) {
+			if dialer.lagging.Load() {
+				if _, err := again(); err == nil {
+					cancel()
+				}
 			}
 		}
-	})
-	defer hedge.Stop()
+	}).Stop()
 	value, err := query(first)
 	wasHedged := err != nil && first.Err() != nil
 	if isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt) {

@@ -46,26 +46,6 @@ func TestConcurrentRetriesCreateOnce(t *testing.T) {
 	}
 }
 
-func TestRetryUndoesNothing(t *testing.T) {
-	both := startTwo(t)
-	const key, reused = "Idempotency-Key: k", `"errors":[{"header":"Idempotency-Key","detail":"was used for a different request"}]`
-	first := both[0].do("POST /users", ada, key)
-	want(t, first, 201)
-	path := first.header.Get("Location")
-	retry := func() {
-		r := both[1].do("POST /users", ada, key)
-		check(t, want(t, r, 201, first.body) && r.header.Get("Idempotency-Replayed") == "true", "%s; want the response %s", r, first)
-	}
-	want(t, both[1].do("PATCH "+path, `{"age":77}`), 200)
-	retry()
-	want(t, both[0].do("GET "+path, ""), 200, `"age":77,`)
-	want(t, both[1].do("DELETE "+path, ""), 204)
-	retry()
-	want(t, both[0].do("GET "+path, ""), 404)
-	want(t, both[0].do("POST /users", strings.Replace(ada, "36", "37", 1), key), 422, reused)
-	want(t, both[0].do("POST /users/batch", batchOf(1, ada), key), 422, reused)
-}
-
 // Cassandra is killed and restarted half way through 500 keys. Every client repeats its request until the response is 201.
 func TestRetriesAcrossAnOutageCreateOnce(t *testing.T) {
 	needsLong(t)
@@ -94,8 +74,8 @@ func TestRetriesAcrossAnOutageCreateOnce(t *testing.T) {
 	check(t, len(created) == 500, "%d users, want 500", len(created))
 }
 
-// Each of 32 clients adds one to the age until it succeeds.
-func TestConditionalEditsLoseNoAddition(t *testing.T) {
+// Each of 32 clients adds one to the age until it succeeds. Then 64 write ages without a condition.
+func TestConcurrentEdits(t *testing.T) {
 	both := startTwo(t)
 	path := both[0].createUser(t)
 	concurrently(32, func(i int) {
@@ -109,22 +89,12 @@ func TestConditionalEditsLoseNoAddition(t *testing.T) {
 	sum := decode[user](t, both[0].do("GET "+path, "", "Cache-Control: no-cache"), 200).Age - 36
 	added, unsure := both.count(t, "PUT /users/{id}", "200"), both.count(t, "PUT /users/{id}", "504")
 	check(t, sum >= added && sum <= added+unsure && added >= 30, "%d additions, want %d of the 32 and at most %d more", sum, added, unsure)
-}
-
-func TestConcurrentPatches(t *testing.T) {
-	both := startTwo(t)
-	path := both[0].createUser(t)
-	for range 20 {
-		path, patches := both[0].createUser(t), []string{`"name":"Eve"`, `"email":"eve@example.com"`, `"age":77`}
-		concurrently(3, func(i int) { want(t, both[i%2].do("PATCH "+path, "{"+patches[i]+"}"), 200) })
-		want(t, both[0].do("GET "+path, ""), 200, strings.Join(patches, ","))
-	}
 	concurrently(64, func(i int) {
 		for age := range 10 {
 			both[i%2].do("PATCH "+path, fmt.Sprintf(`{"age":%d}`, age))
 		}
 	})
-	applied, late := both.count(t, "PATCH /users/{id}", "200")-60, both.count(t, "PATCH /users/{id}", "504")
+	applied, late := both.count(t, "PATCH /users/{id}", "200"), both.count(t, "PATCH /users/{id}", "504")
 	check(t, applied+late == 640 && late <= 32, "of 640 PATCHes of one user %d are 200 and %d are 504, want at most 32", applied, late)
 }
 

@@ -55,7 +55,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintf(os.Stderr, "%v\nThe tests need a Cassandra. This command starts one: go run ./cassandra go test ./...\n", err)
 		os.Exit(1)
 	}
-	flag.Set("test.parallel", "12") // parallel tests mostly wait
+	flag.Set("test.parallel", "8") // parallel tests mostly wait
 	m.Run()
 	os.RemoveAll(binaries)
 	for i := range keyspaces.Load() {
@@ -121,9 +121,7 @@ func startCommand(t testing.TB, cmd *exec.Cmd, settings ...string) *service {
 	stderr, _ := os.Create(s.logFile)
 	defer stderr.Close()
 	s.Stderr = stderr
-	if err := s.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, s.Start())
 	go func() {
 		s.Wait()
 		exit()
@@ -233,6 +231,12 @@ func check(t testing.TB, ok bool, format string, args ...any) {
 	}
 }
 
+func must(t testing.TB, err error) {
+	if t.Helper(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func decode[T any](t testing.TB, r response, status int) (value T) {
 	t.Helper()
 	if err := json.Unmarshal([]byte(r.body), &value); err != nil || !want(t, r, status) {
@@ -265,6 +269,7 @@ func batchOf(n int, user string) string { return "[" + strings.Repeat(user+",", 
 
 type metrics struct {
 	Queries     int64                              `json:"total_queries"`
+	QueryTimes  map[string]float64                 `json:"query_times"`
 	Errors      int64                              `json:"errors_count"`
 	Connections struct{ Open, Opened, Failed int } `json:"cassandra_connections"`
 	InFlight    int                                `json:"requests_in_flight"`
@@ -312,9 +317,7 @@ func (s *service) wantMemory(t testing.TB, megabytes int) {
 // dial sends a raw request and reads n bytes of the response. A small buffer leaves the rest to the service.
 func (s *service) dial(t testing.TB, request string, n int64) net.Conn {
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(5 * time.Minute))
 	conn.(*net.TCPConn).SetReadBuffer(128 << 10)
@@ -443,9 +446,7 @@ type proxy struct {
 // startProxy starts a proxy to a Cassandra, with TLS if certificates are given.
 func startProxy(t testing.TB, addr, cassandra string, certificates ...tls.Certificate) *proxy {
 	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if certificates != nil {
 		listener = tls.NewListener(listener, &tls.Config{Certificates: certificates})
 	}
@@ -542,9 +543,7 @@ func startNode(t testing.TB, flags ...string) *node {
 	n := &node{addr: closedAddress(), pidFile: filepath.Join(t.TempDir(), "pid")}
 	_, port, _ := net.SplitHostPort(n.addr)
 	cmd := exec.Command(buildLauncher(), append(flags, "-port", port, "-pid", n.pidFile, "sleep", "3600")...)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Signal(syscall.SIGTERM)
 		cmd.Wait()
