@@ -121,7 +121,7 @@ func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	defer cancel()
 	start := time.Now()
 	node, err := ask(ctx, true, func(ctx context.Context) (now int64, err error) {
-		err = s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(nil).Scan(&now)
+		err = s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(pingObserver{}).Scan(&now)
 		return now, err
 	})
 	if err == nil {
@@ -184,7 +184,7 @@ func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
 // together rarely create a table twice, which a cluster may not sort out.
 func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup string, create map[string]string) error {
 	missing, name := maps.Clone(create), ""
-	rows := s.Query(lookup, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(nil).Iter()
+	rows := s.Query(lookup, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(pingObserver{}).Iter()
 	for rows.Scan(&name) {
 		delete(missing, name)
 	}

@@ -58,6 +58,13 @@ func (observer) ObserveBatch(_ context.Context, b gocql.ObservedBatch) {
 	countQuery(b.Start, b.End, b.Host, b.Err)
 }
 
+// pingObserver notes how hosts respond, and counts nothing.
+type pingObserver struct{}
+
+func (pingObserver) ObserveQuery(_ context.Context, q gocql.ObservedQuery) {
+	counters.connections.observe(q.Host, q.End.Sub(q.Start), q.Err)
+}
+
 // countQuery counts a query. A client that disconnected is not a failure.
 func countQuery(start, end time.Time, node *gocql.HostInfo, err error) {
 	counters.queries.Add(1)
