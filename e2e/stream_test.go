@@ -191,7 +191,14 @@ func TestTombstones(t *testing.T) {
 		users, _ := s.pages(t, query)
 		wantSeeded(t, users, 5, age)
 	}
-	wantSeeded(t, decode[[]user](t, s.do("GET /users", ""), 200), 5, 0)
+	var users []user
+	for target := "/users?limit=2"; target != ""; { // a response that found nothing within 2 s is empty
+		r := s.do("GET "+target, "")
+		users = append(users, decode[[]user](t, r, 200)...)
+		link, _, _ := strings.Cut(r.header.Get("Link"), ">")
+		target = strings.TrimPrefix(link, "<")
+	}
+	wantSeeded(t, users, 5, 0)
 }
 
 // One client stops reading for good, another pauses for 20 s four times in the last megabyte.
