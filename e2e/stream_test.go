@@ -116,6 +116,30 @@ func TestAbortedStreams(t *testing.T) {
 	}
 }
 
+// A node is killed ten times under an export, which resumes each time.
+func TestNodeIsKilledDuringExport(t *testing.T) {
+	needsLong(t)
+	const size = 300_000
+	n := startNode(t, "-restart", "1s")
+	s := startHealthy(t, cassandraAt(n.addr)...)
+	seed(t, n.awaitResponse(t, "127.0.0.1"), s.keyspace, size)
+	killing := make(chan bool)
+	go func() {
+		defer close(killing)
+		for range 10 {
+			s.awaitHealthy(t, 3*time.Minute)
+			before := s.metrics(t).Rows
+			await(t, 3*time.Minute, "streaming", func() bool { return s.metrics(t).Rows > before })
+			n.signal(t, "KILL", 1)
+			await(t, time.Minute, "dying", func() bool { return s.do("GET /health", "").status == 503 })
+		}
+	}()
+	users, aborted := s.export(t, "")
+	wantSeeded(t, users, size, 0)
+	<-killing
+	check(t, aborted >= 10, "aborted %d times, want 10", aborted)
+}
+
 func TestStreamsAreCompleteAndLeaveNothingBehind(t *testing.T) {
 	t.Parallel()
 	s := startHealthy(t, useCrowd(t))
