@@ -871,14 +871,18 @@ func (c fragileConn) Write(requests []byte) (int, error) {
 // Connections are cut 1000 times after they accepted requests that are not sent yet. No acknowledged write is lost, and
 // none that was answered by 503 is applied.
 func TestRequestsThatAreNotSent(t *testing.T) {
+	defer slog.SetDefault(slog.Default())
+	slog.SetDefault(slog.New(slog.DiscardHandler))
 	dialer := &fragile{countingDialer: new(countingDialer)}
 	dialer.cuts.Store(-1)
 	cfg := config.cluster.config(dialer.countingDialer)
-	cfg.Dialer, cfg.NumConns = dialer, 8
+	cfg.Dialer, cfg.NumConns = dialer, 32
+	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 3, Interval: time.Millisecond}
 	session, err := createSession(t.Context(), cfg)
 	must(t, err)
 	defer session.Close()
-	defer global.session.Store(global.session.Swap(session))
+	sound := global.session.Swap(session)
+	defer global.session.Store(sound)
 	dialer.cuts.Store(0)
 	var allowed sync.Map // by name: the ages that a user may have; 0 is no user
 	concurrently(32, func(client int) {
@@ -893,7 +897,7 @@ func TestRequestsThatAreNotSent(t *testing.T) {
 			allowed.Store(name, ages)
 		}
 	})
-	dialer.cuts.Store(-1)
+	global.session.Store(sound)
 	ages := map[string]int{}
 	users := decode[[]struct {
 		Name string
