@@ -1,8 +1,6 @@
-// The tests send requests to the service in process, through its real routes and
-// middleware, against a live Cassandra. They share one keyspace, which is dropped
-// at the end, and compare differences of counters. What needs processes, outages
-// or an empty database is in e2e/. The helpers come first, then a section for
-// each file of the service, then fuzz targets and benchmarks.
+// The tests send requests to the service in process, through its real routes and middleware, against a live Cassandra.
+// They share one keyspace, which is dropped at the end, and compare differences of counters. What needs processes, outages
+// or an empty database is in e2e/. Helpers come first, then a section for each service file, then fuzz targets and benchmarks.
 
 package main
 
@@ -128,8 +126,7 @@ func (r response) String() string {
 	return fmt.Sprintf("%s: status = %d, aborted %t, body %.2000s", r.request, r.status, r.aborted, r.body)
 }
 
-// do sends a request, such as "GET /users", to the service in process. Headers
-// are "Name: value". The default Content-Type is JSON.
+// do sends a request, such as "GET /users", to the service in process. Headers are "Name: value". By default the body is JSON.
 func do(t testing.TB, request, body string, headers ...string) response {
 	return doOn(t, service, request, body, headers...)
 }
@@ -253,8 +250,7 @@ func wantBody(t testing.TB, r response, status int, body string) {
 	failIf(t, r.status != status || r.aborted || r.body != body, "%s; want %d %.2000s", r, status, body)
 }
 
-// wantJSON compares a complete body, whatever the order of its members. Masked
-// members must be there, with any value.
+// wantJSON compares a complete body, whatever the order of its members. Masked members must be there, with any value.
 func wantJSON(t testing.TB, r response, status int, body string, masked ...string) {
 	t.Helper()
 	got, want := decode[map[string]any](t, r, status), decode[map[string]any](t, response{body: body}, 0)
@@ -272,8 +268,7 @@ func wantHeader(t testing.TB, r response, name, value string) {
 	wantEqual(t, r.request+": "+name, r.header.Get(name), value)
 }
 
-// wantProblem checks a complete problem response; errs are the JSON of its
-// errors. Retry-After comes with a 503 and no other.
+// wantProblem checks a complete problem response; errs are the JSON of its errors. Retry-After comes with a 503 and no other.
 func wantProblem(t testing.TB, r response, status int, detail string, errs ...string) {
 	t.Helper()
 	members := ""
@@ -372,11 +367,9 @@ func environ(settings ...string) func(string) string {
 func TestInvalidSettings(t *testing.T) {
 	for _, tt := range []struct{ name, allowed, values string }{ // values are separated by |
 		{"ADDR", "host:port, such as 127.0.0.1:8000", "8000|localhost:|localhost:65536|localhost:http"},
-		{"ALLOWED_HOSTS", "host names separated by commas, or *", ",|a b|a/b|*,a"},
-		{"SHUTDOWN_ENDPOINT", "on or off", "yes|ON|1|on\n"},
+		{"ALLOWED_HOSTS", "host names separated by commas, or *", ",|a b|a/b|*,a"}, {"SHUTDOWN_ENDPOINT", "on or off", "yes|ON|1|on\n"},
 		{"MAX_IN_FLIGHT", "a whole number from 1 to 1000000", "0|-1|+5|many|1000001|99999999999999999999"},
-		{"DRAIN_DELAY", "a duration, such as 5s", "5|-1s"},
-		{"SHUTDOWN_TIMEOUT", "a duration, such as 20s", "5|soon"},
+		{"DRAIN_DELAY", "a duration, such as 5s", "5|-1s"}, {"SHUTDOWN_TIMEOUT", "a duration, such as 20s", "5|soon"},
 		{"LOG_FORMAT", "text or json", "JSON|text\n"},
 		{"CASSANDRA_HOSTS", "host names or addresses without ports, separated by commas",
 			"a,,b|http://a/|a:9042|a,b:9042|[::1]:9042|127.0.0.1:9042"},
@@ -409,8 +402,7 @@ func TestSettings(t *testing.T) {
 		"replication:{'class': 'NetworkTopologyStrategy', 'replication_factor': 1} " +
 		"username: password: tlsCA:} maxInFlight:1024 drainDelay:0 shutdownTimeout:20000000000"
 	for _, tt := range []struct{ settings, was, is string }{ // separated by |
-		{"", "", ""},
-		{"ADDR=[::1]:0", "addr:127.0.0.1:8000", "addr:[::1]:0"},
+		{"", "", ""}, {"ADDR=[::1]:0", "addr:127.0.0.1:8000", "addr:[::1]:0"},
 		{"ADDR=:80", "addr:127.0.0.1:8000|allowedHosts:[localhost 127.0.0.1 ::1]|allowShutdown:true",
 			"addr::80|allowedHosts:[]|allowShutdown:false"},
 		{"ADDR=10.0.0.1:80|SHUTDOWN_ENDPOINT=on", "addr:127.0.0.1:8000|allowedHosts:[localhost 127.0.0.1 ::1]",
@@ -633,8 +625,7 @@ func TestAllowedHosts(t *testing.T) {
 
 const postHead = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
-// Each of these clients gets its response, and then the connection is closed,
-// although the rest of the body never comes.
+// Each of these clients gets its response, and then the connection is closed, although the rest of the body never comes.
 func TestBodiesThatDoNotArrive(t *testing.T) {
 	const (
 		post, get    = "POST /users HTTP/1.1\r\nHost: localhost\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\n"
@@ -1055,13 +1046,11 @@ var usersAtTheLimits = []struct{ body, want string }{
 	{userWithName(`"` + strings.Repeat("𝄞", 100) + `"`), ""}, {userWithEmail(`"` + strings.Repeat("a", 242) + `@example.com"`), ""},
 	{`{"name":"a","email":"a@b","age":0}`, ""}, {userWithAge(`150`), ""}, {userWithAge(`30.0`), userWithAge(`30`)},
 	{userWithAge(`3e1`), userWithAge(`30`)}, {userWithAge(`300000E-4`), userWithAge(`30`)}, {userWithAge(`-0.0e5`), userWithAge(`0`)},
-	{userWithName(`" a "`), ""},
-	{userWithName("\"a\u200b\u00ad\""), ""}, // invisible characters beside a visible one
+	{userWithName(`" a "`), ""}, {userWithName("\"a\u200b\u00ad\""), ""}, // invisible characters beside a visible one
 	{`{"age":36,"email":"ada@example.com","name":"Ada"}`, userWithName(`"Ada"`)},
 	{`{"n\u0061me":"\u0041da","email":"ada@example.com","age":36}`, userWithName(`"Ada"`)},
 	{`{"name":"李 Зоя é👩‍🚀","email":"зоя@пример.рф","age":1}`, ""},
-	{userWithName(`"\ud83d\uDE00"`), userWithName(`"😀"`)},
-	{userWithName(`"\\ud83d"`), ""}, {userWithName(`"<b>&\u2028\"\\"`), ""},
+	{userWithName(`"\ud83d\uDE00"`), userWithName(`"😀"`)}, {userWithName(`"\\ud83d"`), ""}, {userWithName(`"<b>&\u2028\"\\"`), ""},
 	{adaWith(`"id":[],"created_at":{"a":1},"updated_at":null`), adaBody}, // read-only
 	{"\r\n\t " + adaBody + strings.Repeat(" ", maxBody-len(adaBody)-4), adaBody},
 }
@@ -1166,9 +1155,8 @@ func TestChangesRightAfterCreationAreKept(t *testing.T) {
 	failIf(t, lost == 0, "no change is ever lost, so this test shows nothing")
 }
 
-// The change runs between an edit's read and its write, so another instance's
-// edit can be placed exactly there. Others may write rows with null columns: IF
-// updated_at = null would also hold for a deleted row, and make half a new one.
+// The change runs between an edit's read and its write, so another instance's edit can be placed exactly there. Others may
+// write rows with null columns: IF updated_at = null would also hold for a deleted row, and make half a new one.
 func TestEditsOfTwoInstances(t *testing.T) {
 	for _, tt := range []struct {
 		create, between string
@@ -1399,9 +1387,8 @@ func TestRefusedBatchWritesNothing(t *testing.T) {
 		strings.Replace(batchOf(100, shortTexts), `"age":99`, `"age":151`, 1): {element(99, badAge)},
 		`[` + adaBody + `,null,{"name":"Ada","email":"x","age":151},[],{}]`: {element(1, notObject), element(2, badEmail), element(2, badAge),
 			element(3, notObject), element(4, noName), element(4, noEmail), element(4, noAge)},
-		"[" + strings.Repeat("{},", 99) + "{}]": append(missing, stopped),
-		`[]`:                                    {wrongSize}, batchOf(101, shortTexts): {wrongSize}, "[" + strings.Repeat("0,", 500_000) +
-			"0]": {wrongSize}, adaBody: {wrongSize}, `null`: {wrongSize},
+		"[" + strings.Repeat("{},", 99) + "{}]": append(missing, stopped), `[]`: {wrongSize}, batchOf(101, shortTexts): {wrongSize},
+		"[" + strings.Repeat("0,", 500_000) + "0]": {wrongSize}, adaBody: {wrongSize}, `null`: {wrongSize},
 	} {
 		wantInvalid(t, do(t, "POST /users/batch", body), errs...)
 	}
@@ -1441,18 +1428,18 @@ var (
 
 func TestBadParameters(t *testing.T) {
 	escape := func(why string) string { return wrong("parameter", "query string", "must be percent-encoded: "+why) }
-	for query, errs := range map[string]string{
-		"limit=0": badLimit, "limit=-1": badLimit, "limit=-99999999999999999999": badLimit, "limit=+5": badLimit, "limit=%2B5": badLimit,
-		"limit=1.5": badLimit,
-		"limit=1e3": badLimit, "limit=0x10": badLimit, "limit=1_0": badLimit, "limit=%D9%A3": badLimit /* Arabic */, "limit=ten": badLimit,
-		"limit=": badLimit,
-		"limit":  badLimit, "limit=1%20": badLimit, "limit=1%00": badLimit, "limit=1&limit=1": badLimit, "limit=1&%6cimit=2&limit": badLimit,
+	queries := map[string]string{
 		"limit=%zz": escape(`invalid URL escape "%zz"`), "limit=5%2": escape(`invalid URL escape "%2"`),
-		"%zz=1&limit=0":                      escape(`invalid URL escape "%zz"`) + "," + badLimit,
-		"limit=1;fetch_size=2":               escape("invalid semicolon separator in query"),
-		"fetch_size=0&limit=x&age_filter=-1": badFetch + "," + badLimit + "," + badFilter, "page_state=x&fetch_size=0&age_filter=-1": corrupt +
-			"," + badFetch + "," + badFilter,
-	} {
+		"%zz=1&limit=0":                           escape(`invalid URL escape "%zz"`) + "," + badLimit,
+		"limit=1;fetch_size=2":                    escape("invalid semicolon separator in query"),
+		"fetch_size=0&limit=x&age_filter=-1":      badFetch + "," + badLimit + "," + badFilter,
+		"page_state=x&fetch_size=0&age_filter=-1": corrupt + "," + badFetch + "," + badFilter,
+	}
+	for query := range strings.FieldsSeq("limit=0 limit=-1 limit=-99999999999999999999 limit=+5 limit=%2B5 limit=1.5 limit=1e3 limit=0x10 " +
+		"limit=1_0 limit=%D9%A3 limit=ten limit= limit limit=1%20 limit=1%00 limit=1&limit=1 limit=1&%6cimit=2&limit") { // %D9%A3 is Arabic
+		queries[query] = badLimit
+	}
+	for query, errs := range queries {
 		for path := range strings.FieldsSeq("/users /users/stream /users/stream/pages") {
 			if path != "/users" || !strings.Contains(query, "age_filter") { // unknown there
 				wantInvalid(t, do(t, "GET "+path+"?"+query, ""), errs)
@@ -1522,8 +1509,7 @@ func array(users []*user) string {
 	return "[" + strings.ReplaceAll(strings.TrimSuffix(lines(users), "\n"), "\n", ",") + "]\n"
 }
 
-// readPages follows page_state from a query on, with one fetch_size after the
-// other, and returns all users as a JSON array.
+// readPages follows page_state from a query on, with one fetch_size after the other, and returns all users as a JSON array.
 func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSizes ...int) string {
 	t.Helper()
 	var pages []string
@@ -1592,8 +1578,7 @@ func TestListHasEveryUserOnce(t *testing.T) {
 
 var tables atomic.Int64
 
-// newTable creates a table like users, with n users, and returns its name and the
-// handlers of its stream and its pages, at /test.
+// newTable creates a table like users, with n users, and returns its name and the handlers of its stream and its pages, at /test.
 func newTable(t *testing.T, n int) (name string, streamed, pages http.Handler, insert func(u *user)) {
 	t.Helper()
 	tb := *usersTable
@@ -1868,16 +1853,6 @@ func figure(t testing.TB, path string) float64 {
 	return value.(float64)
 }
 
-func TestConnectionsAreCounted(t *testing.T) {
-	var dialer countingDialer
-	conn, err := dialer.DialContext(t.Context(), "tcp", strings.TrimPrefix(serve(t, service), "http://"))
-	must(t, err)
-	wantEqual(t, "open", dialer.open.Load(), 1)
-	conn.Close()
-	conn.Close() // as the driver does
-	wantEqual(t, "open after both", dialer.open.Load(), 0)
-}
-
 func TestQueriesPerSecondIsTheMeanOfAMinute(t *testing.T) {
 	var h history
 	total := int64(0)
@@ -1908,17 +1883,13 @@ func TestQuantilesLieWithinTheirBucket(t *testing.T) {
 
 // Fuzz targets.
 
-// FuzzBody posts anything. What is accepted reads back as encoding/json reads the
-// body, and what is refused is refused with reasons.
+// FuzzBody posts anything. What is accepted is created as encoding/json reads it, and a refusal has reasons.
 func FuzzBody(f *testing.F) {
-	for _, tt := range badBodies {
-		f.Add([]byte(tt.body[:min(len(tt.body), 1000)]))
-	}
 	for _, tt := range usersAtTheLimits {
-		f.Add([]byte(tt.body[:min(len(tt.body), 1000)]))
+		f.Add(tt.body[:min(len(tt.body), 1000)])
 	}
-	f.Fuzz(func(t *testing.T, body []byte) {
-		r := do(t, "POST /users", string(body))
+	f.Fuzz(func(t *testing.T, body string) {
+		r := do(t, "POST /users", body)
 		if r.status != 201 {
 			p := decode[problem](t, r, 422)
 			wantEqual(t, "1 to 100 errors", 1 <= len(p.Errors) && len(p.Errors) <= maxErrors, true)
@@ -1932,12 +1903,11 @@ func FuzzBody(f *testing.F) {
 			Name, Email string
 			Age         float64
 		}
-		must(t, json.Unmarshal(body, &meant))
-		got := decode[userJSON](t, do(t, "GET "+r.header.Get("Location"), ""), 200)
-		wantEqual(t, "user", got, userJSON{got.ID, meant.Name, meant.Email, int(meant.Age), got.CreatedAt, got.CreatedAt})
+		must(t, json.Unmarshal([]byte(body), &meant))
+		got := decode[userJSON](t, r, 201)
 		isAge := 0 <= got.Age && got.Age <= 150 && float64(got.Age) == meant.Age
 		isName := strings.TrimSpace(got.Name) != "" && utf8.RuneCountInString(got.Name) <= 100
-		failIf(t, !isAge || !isName || len(got.Email) > 254, "%+v is accepted", got)
+		failIf(t, !isAge || !isName || len(got.Email) > 254 || got.Name != meant.Name || got.Email != meant.Email, "%+v is accepted", got)
 	})
 }
 
@@ -1958,30 +1928,26 @@ func FuzzUserJSON(f *testing.F) {
 	})
 }
 
-// FuzzPageToken parses positions under a correct checksum, which is no signature:
-// none may panic, or give a scan that cannot continue.
+// FuzzPageToken parses positions under a correct checksum, which is no signature: none gives a scan that cannot continue.
 func FuzzPageToken(f *testing.F) {
 	middle := &scan{table: usersTable, minAge: 150, left: 1, from: -1, end: math.MaxInt64, width: 1 << 50}
-	for _, token := range []string{newScan(usersTable).token(listToken), newScan(usersTable).token(streamToken), middle.token(listToken),
-		middle.token(streamToken)} {
-		f.Add(token[:strings.LastIndexByte(token, '.')])
+	for _, s := range []*scan{newScan(usersTable), middle} {
+		token := s.token(streamToken)
+		f.Add(strings.TrimPrefix(token[:strings.LastIndexByte(token, '.')], streamToken))
 	}
-	f.Add("stream.0.0.0.0")
-	f.Add("stream.-1.-1.9223372036854775807.18446744073709551615")
+	f.Add(".0.0.0.0")
+	f.Add(".-1.-1.9223372036854775807.18446744073709551615")
 	f.Fuzz(func(t *testing.T, position string) {
-		token := fmt.Sprintf("%s.%08x", position, crc32.ChecksumIEEE([]byte(position+"."+config.cluster.keyspace+".users")))
 		for _, kind := range []string{listToken, streamToken} {
-			s, ok := usersTable.parseToken(token, kind)
-			failIf(t, ok && (s.token(kind) != token || !s.more() || s.bound() <= s.from || s.minAge < 0 || s.minAge > maxAge),
-				"%s: %+v", token, s)
-			s, ok = usersTable.parseToken(position, kind)
-			failIf(t, ok && position != s.token(kind), "%s is accepted: %+v", position, s)
+			sum := crc32.ChecksumIEEE([]byte(kind + position + "." + config.cluster.keyspace + ".users"))
+			s, ok := usersTable.parseToken(fmt.Sprintf("%s%s.%08x", kind, position, sum), kind)
+			failIf(t, ok && (!s.more() || s.bound() <= s.from || s.minAge < 0 || s.minAge > maxAge), "%s%s: %+v", kind, position, s)
 		}
 	})
 }
 
-// FuzzRequest sends anything. The response is never an internal error or a panic,
-// a 503 or 504 has a reason, and only lists, streams and documents are large.
+// FuzzRequest sends anything. The response is never an internal error or a panic, a 503 or 504 has a reason, and only lists,
+// streams and documents are large.
 func FuzzRequest(f *testing.F) {
 	path := createPath(f)
 	for target := range strings.FieldsSeq(strings.Join(slices.Collect(maps.Keys(allowedMethods())), " ") +
