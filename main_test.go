@@ -29,7 +29,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -62,20 +61,15 @@ func runTests(m *testing.M) (status int, err error) {
 	if config, err = loadSettings(os.Getenv); err != nil {
 		return 0, err
 	}
-	conn, err := net.DialTimeout("tcp", net.JoinHostPort(config.cluster.hosts[0], strconv.Itoa(config.cluster.port)), 4*time.Second)
-	if err != nil {
-		return 0, errors.New("the tests need Cassandra; this command starts one and runs them: go run ./cassandra go test ./...")
-	}
-	conn.Close()
-	disconnect := keepConnected(config.cluster)
-	defer disconnect()
 	unbound := config.cluster.config(&countingDialer{})
 	unbound.Keyspace = ""
 	admin, err := createSession(context.Background(), unbound)
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("%w\nThe tests need Cassandra; this command starts one and runs them: go run ./cassandra go test ./...", err)
 	}
 	defer admin.Close()
+	disconnect := keepConnected(config.cluster)
+	defer disconnect()
 	if !waitUntil(func() bool { return currentSession() != nil }, time.Minute) {
 		return 0, errors.New("the service does not connect; see its log")
 	}
@@ -886,11 +880,7 @@ func TestRequestsThatAreNotSent(t *testing.T) {
 	})
 	dialer.cuts.Store(-1)
 	ages := map[string]int{}
-	users := decode[[]struct {
-		Name string
-		Age  int
-	}](t, do(t, "GET /users/stream", ""), 200)
-	for _, u := range users {
+	for _, u := range decode[[]userJSON](t, do(t, "GET /users/stream", ""), 200) {
 		ages[u.Name] = u.Age
 	}
 	for name, want := range allowed.Range {
