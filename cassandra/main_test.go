@@ -86,19 +86,15 @@ func TestStatus(t *testing.T) {
 		want    int
 		wantOut string
 	}{
-		{"of COMMAND", []string{"sh", "-c", "exit 7"}, 7, ""},
-		{"signal", []string{"sh", "-c", "kill -9 $$"}, 137, ""},
+		{"of COMMAND", []string{"sh", "-c", "exit 7"}, 7, ""}, {"signal", []string{"sh", "-c", "kill -9 $$"}, 137, ""},
 		{"SIGPIPE", []string{"sh", "-c", "kill -PIPE $$"}, 141, ""},
-		{"missing COMMAND", []string{"/nowhere/at/all"}, 127, ""},
-		{"no COMMAND", nil, 0, ""},
+		{"missing COMMAND", []string{"/nowhere/at/all"}, 127, ""}, {"no COMMAND", nil, 0, ""},
 		{"piped input", []string{"cat"}, 0, "hello"},
 		{"CASSANDRA_HOSTS", []string{"sh", "-c", "echo $CASSANDRA_HOSTS"}, 0, "192.0.2.1\n"},
 		{"flags of COMMAND", []string{"echo", "-nodes", "3"}, 0, "-nodes 3\n"},
-		{"invalid -nodes", []string{"-nodes", "0", "true"}, 2, ""},
-		{"invalid -port", []string{"-port", "65536", "true"}, 2, ""},
+		{"invalid -nodes", []string{"-nodes", "0", "true"}, 2, ""}, {"invalid -port", []string{"-port", "65536", "true"}, 2, ""},
 		{"invalid -rpc-address", []string{"-rpc-address", "example", "true"}, 2, ""},
-		{"unknown flag", []string{"-x"}, 2, ""},
-		{"help", []string{"-h"}, 0, ""},
+		{"unknown flag", []string{"-x"}, 2, ""}, {"help", []string{"-h"}, 0, ""},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -200,8 +196,7 @@ const stopSlow = "trap 'sleep 0.5; exit' TERM; echo > up; while :; do sleep 0.1;
 
 func TestCtrlC(t *testing.T) {
 	tests := []struct{ name, node, maven, file string }{
-		{"resolving", "", "exec sleep 1000", "/maven"},
-		{"starting", "exec sleep 1000", "", "/classpath"},
+		{"resolving", "", "exec sleep 1000", "/maven"}, {"starting", "exec sleep 1000", "", "/classpath"},
 		{"stopping", stopSlow, "", "/up"},
 	}
 	for _, tt := range tests {

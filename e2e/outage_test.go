@@ -69,9 +69,7 @@ func TestDroppedTableIsCreatedAgain(t *testing.T) {
 	t.Parallel()
 	s := startHealthy(t)
 	for _, drop := range []string{"DROP TABLE " + s.keyspace + ".users", "DROP KEYSPACE " + s.keyspace} {
-		if err := admin.Query(drop).Exec(); err != nil {
-			t.Fatal(err)
-		}
+		must(t, admin.Query(drop).Exec())
 		await(t, 15*time.Second, "writing again", func() bool { return s.do("POST /users", ada).status == 201 })
 		s.awaitHealthy(t, 15*time.Second)
 	}

@@ -43,12 +43,8 @@ var (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	conn, err := net.DialTimeout("tcp", cassandraAddress(), 4*time.Second)
-	if err == nil {
-		conn.Close()
-		admin, err = connect(cassandraAddress())
-	}
-	if err == nil {
+	var err error
+	if admin, err = connect(cassandraAddress()); err == nil {
 		binaries, err = os.MkdirTemp("", "e2e-")
 	}
 	if err != nil {
