@@ -1893,6 +1893,7 @@ func FuzzPageToken(f *testing.F) {
 		f.Add(strings.TrimPrefix(token[:strings.LastIndexByte(token, '.')], streamToken))
 	}
 	f.Add(".0.0.0.0")
+	f.Add(".-1.1.0.1")
 	f.Add(".-1.-1.9223372036854775807.18446744073709551615")
 	f.Fuzz(func(t *testing.T, position string) {
 		for _, kind := range []string{listToken, streamToken} {
