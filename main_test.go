@@ -1904,8 +1904,7 @@ func FuzzPageToken(f *testing.F) {
 	})
 }
 
-// FuzzRequest sends anything. The response is never an internal error or a panic, a 503 or 504 has a reason, and only lists,
-// streams and documents are large.
+// FuzzRequest sends anything. No response is an internal error, and only lists, streams and documents are large.
 func FuzzRequest(f *testing.F) {
 	path := createPath(f)
 	for target := range strings.FieldsSeq(strings.Join(slices.Collect(maps.Keys(allowedMethods())), " ") +
