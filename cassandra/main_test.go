@@ -80,27 +80,22 @@ func finish(t *testing.T, cmd *exec.Cmd, out io.Reader, wantStatus int, wantOut 
 }
 
 func TestStatus(t *testing.T) {
-	tests := []struct {
+	for _, tt := range []struct {
 		name    string
 		args    []string
 		want    int
 		wantOut string
 	}{
-		{"of COMMAND", []string{"sh", "-c", "exit 7"}, 7, ""},
-		{"signal", []string{"sh", "-c", "kill -9 $$"}, 137, ""},
+		{"of COMMAND", []string{"sh", "-c", "exit 7"}, 7, ""}, {"signal", []string{"sh", "-c", "kill -9 $$"}, 137, ""},
 		{"SIGPIPE", []string{"sh", "-c", "kill -PIPE $$"}, 141, ""},
-		{"missing COMMAND", []string{"/nowhere/at/all"}, 127, ""},
-		{"no COMMAND", nil, 0, ""},
+		{"missing COMMAND", []string{"/nowhere/at/all"}, 127, ""}, {"no COMMAND", nil, 0, ""},
 		{"piped input", []string{"cat"}, 0, "hello"},
 		{"CASSANDRA_HOSTS", []string{"sh", "-c", "echo $CASSANDRA_HOSTS"}, 0, "192.0.2.1\n"},
 		{"flags of COMMAND", []string{"echo", "-nodes", "3"}, 0, "-nodes 3\n"},
-		{"invalid -nodes", []string{"-nodes", "0", "true"}, 2, ""},
-		{"invalid -port", []string{"-port", "65536", "true"}, 2, ""},
+		{"invalid -nodes", []string{"-nodes", "0", "true"}, 2, ""}, {"invalid -port", []string{"-port", "65536", "true"}, 2, ""},
 		{"invalid -rpc-address", []string{"-rpc-address", "example", "true"}, 2, ""},
-		{"unknown flag", []string{"-x"}, 2, ""},
-		{"help", []string{"-h"}, 0, ""},
-	}
-	for _, tt := range tests {
+		{"unknown flag", []string{"-x"}, 2, ""}, {"help", []string{"-h"}, 0, ""},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cmd := launch(t, tt.args...)
 			cmd.Stdin = strings.NewReader("hello")
@@ -112,7 +107,7 @@ func TestStatus(t *testing.T) {
 
 func TestSignals(t *testing.T) {
 	const loop = "; exec 2> /dev/null; echo ready; i=0; while [ $i -lt 10 ]; do sleep 0.1; i=$((i+1)); done; exit 9"
-	tests := []struct {
+	for _, tt := range []struct {
 		name, script, wantOut string
 		signal                syscall.Signal
 		want                  int
@@ -123,8 +118,7 @@ func TestSignals(t *testing.T) {
 		{"child of go run drains", "(trap 'sleep 0.5; echo drained; exit' TERM" + loop + ") & wait", "drained\n", syscall.SIGTERM, 143},
 		{"launcher killed", "trap 'echo asked; exit' TERM" + loop, "asked\n", syscall.SIGKILL, -1},
 		{"parent killed", "trap 'echo asked; exit' TERM" + loop, "asked\n", syscall.SIGKILL, -1},
-	}
-	for _, tt := range tests {
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			cmd := launch(t, "sh", "-c", tt.script)
@@ -199,12 +193,10 @@ func startUntil(cmd *exec.Cmd, file string) {
 const stopSlow = "trap 'sleep 0.5; exit' TERM; echo > up; while :; do sleep 0.1; done"
 
 func TestCtrlC(t *testing.T) {
-	tests := []struct{ name, node, maven, file string }{
-		{"resolving", "", "exec sleep 1000", "/maven"},
-		{"starting", "exec sleep 1000", "", "/classpath"},
+	for _, tt := range []struct{ name, node, maven, file string }{
+		{"resolving", "", "exec sleep 1000", "/maven"}, {"starting", "exec sleep 1000", "", "/classpath"},
 		{"stopping", stopSlow, "", "/up"},
-	}
-	for _, tt := range tests {
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			cmd, dir := fake(t, tt.node, tt.maven, "-auth", "true")

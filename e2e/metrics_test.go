@@ -13,21 +13,15 @@ func (s *service) doOneOfEach(t *testing.T) {
 		request, body, header string
 		status                int
 	}{
-		{"GET " + path, "", "", 200},
-		{"GET " + path, "", "Cache-Control: no-cache", 200},
-		{"GET " + missingUser, "", "", 404},
-		{"POST /users", "{}", "", 422}, // no query
-		{"POST /users", ada, "", 201},
+		{"GET " + path, "", "", 200}, {"GET " + path, "", "Cache-Control: no-cache", 200}, {"GET " + missingUser, "", "", 404},
+		{"POST /users", "{}", "", 422},                  // no query
 		{"POST /users", ada, "Idempotency-Key: 1", 201}, // two queries
-		{"POST /users/batch", batchOf(22, ada), "", 201},
-		{"GET /users/stream", "", "", 200},
+		{"POST /users", ada, "", 201}, {"POST /users/batch", batchOf(22, ada), "", 201}, {"GET /users/stream", "", "", 200},
 		{"GET /users/stream?age_filter=99", "", "", 200}, // two queries
 		{"HEAD /users/stream", "", "", 200},              // no query
-		{"GET /users/stream/pages", "", "", 200},
-		{"GET /slow_query", "", "X-Request-Timeout: 0.1", 504}, // no query
-		{"PUT " + path, ada, "", 200},                          // two queries
-		{"DELETE " + path, "", "", 204},
-		{"GET /nowhere", "", "", 404}, // no query
+		{"PUT " + path, ada, "", 200},                    // two queries
+		{"GET /users/stream/pages", "", "", 200}, {"DELETE " + path, "", "", 204},
+		{"GET /slow_query", "", "X-Request-Timeout: 0.1", 504}, {"GET /nowhere", "", "", 404}, // no queries
 	} {
 		want(t, s.do(tt.request, tt.body, tt.header), tt.status)
 	}

@@ -17,8 +17,7 @@ import (
 
 var picture = flag.String("picture", "", "write a picture of the live panel during an outage to this file")
 
-// browser is a headless Chromium with one page, driven by the DevTools protocol over pipes: JSON messages that end in a
-// zero byte.
+// browser is a headless Chromium with one page, driven by the DevTools protocol over pipes: JSON messages that end in a zero byte.
 type browser struct {
 	t        *testing.T
 	commands *os.File
@@ -47,13 +46,14 @@ func startBrowser(t *testing.T) *browser {
 	input, commands, _ := os.Pipe()
 	pipe, output, _ := os.Pipe()
 	cmd.ExtraFiles = []*os.File{input, output} // 3 and 4
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	input.Close()
 	output.Close()
 	b := &browser{t: t, commands: commands, pipe: pipe, messages: bufio.NewReader(pipe)}
-	t.Cleanup(func() { cmd.Wait() })
+	t.Cleanup(func() {
+		cmd.Wait()
+		check(t, b.failures == nil, "errors of the page: %s", b.failures)
+	})
 	target := b.call("Target.createTarget", object{"url": "about:blank"})["targetId"]
 	b.session = b.call("Target.attachToTarget", object{"targetId": target, "flatten": true})["sessionId"]
 	b.call("Runtime.enable", nil)
@@ -152,7 +152,6 @@ func TestPage(t *testing.T) {
 	b.awaitText("#state.warn", "^Draining: active requests finish, new ones get 503$")
 	want(t, <-active, 200)
 	b.awaitText("#state.bad", "^The service does not respond$")
-	check(t, b.failures == nil, "errors of the page: %s", b.failures)
 }
 
 // watchOutage follows an outage of Cassandra under load in the live panel.
@@ -187,9 +186,7 @@ func (b *browser) awaitPicture() {
 	clip := b.eval("(({ x, y, width, height }) => ({ x: x - 24, y, width: width + 48, height, scale: 2 }))(live.getBoundingClientRect())")
 	shot := b.call("Page.captureScreenshot", object{"clip": clip, "captureBeyondViewport": true})
 	png, _ := base64.StdEncoding.DecodeString(at[string](shot, "data"))
-	if err := os.WriteFile(b.picture, png, 0o644); err != nil {
-		b.t.Fatal(err)
-	}
+	must(b.t, os.WriteFile(b.picture, png, 0o644))
 }
 
 // wantAccessible checks the page with axe-core, everything unfolded, on a phone and a desktop, light and dark.
@@ -223,5 +220,4 @@ func TestPageWhileCassandraIsKilled(t *testing.T) {
 	seed(t, n.awaitResponse(t, "127.0.0.1"), s.keyspace, 20_000)
 	b.open(s)
 	b.watchOutage(func() { n.signal(t, "KILL", 1) }, func() {})
-	check(t, b.failures == nil, "errors of the page: %s", b.failures)
 }

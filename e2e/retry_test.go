@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -44,34 +43,6 @@ func TestConcurrentRetriesCreateOnce(t *testing.T) {
 		created, wanted := len(both[1].stream(t, ""))-before, strings.Count(body, "name")
 		check(t, created == wanted && originals == 1, "%s: %d users, %d original responses, want %d, 1", request, created, originals, wanted)
 	}
-}
-
-// Cassandra is killed and restarted half way through 500 keys. Every client repeats its request until the response is 201.
-func TestRetriesAcrossAnOutageCreateOnce(t *testing.T) {
-	needsLong(t)
-	n := startNode(t, "-restart", "2s")
-	both := startTwo(t, cassandraAt(n.addr)...)
-	var next, done atomic.Int64
-	concurrently(32, func(int) {
-		for i := next.Add(1); i <= 500; i = next.Add(1) {
-			body, key := fmt.Sprintf(`{"name":"%d","email":"a@example.com","age":1}`, i), fmt.Sprint("Idempotency-Key: ", i)
-			for tries, status := int64(0), 0; status != 201; tries++ {
-				r := both[(i+tries)%2].do("POST /users", body, key)
-				status = r.status
-				check(t, status == 201 || status == 503 || status == 504, "%s", r)
-				time.Sleep(20 * time.Millisecond)
-			}
-			if done.Add(1) == 250 {
-				n.signal(t, "KILL", 1)
-			}
-		}
-	})
-	created := map[string]bool{}
-	for _, u := range both[0].stream(t, "") {
-		check(t, !created[u.Name], "two users for key %s", u.Name)
-		created[u.Name] = true
-	}
-	check(t, len(created) == 500, "%d users, want 500", len(created))
 }
 
 // Each of 32 clients adds one to the age until it succeeds. Then 64 write ages without a condition.
