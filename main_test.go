@@ -1729,8 +1729,8 @@ func TestSelfTests(t *testing.T) {
 	for request, want := range map[string]string{
 		"POST query_error": `"error_caught":"running SELECT name, age FROM non_existent_table_xyz: ` + caught + `","session_unchanged":true,` +
 			`"session_open":true,"session_still_works":true`,
-		"POST streaming_error": `"streaming_error_caught":true,"error_message":"streaming the scratch table: ` + caught + `",` +
-			`"session_open":true,"session_unchanged":true,"session_still_streams":true,"stream_completed":true,"rows_after_error":20`,
+		"POST streaming_error": `"streaming_error_caught":true,"error_message":"streaming the scratch table: ` + caught + `","session_open":true,` +
+			`"session_unchanged":true,"session_still_streams":true,"stream_completed":true,"rows_after_error":20`,
 		"POST concurrent_streams": `"streams_completed":3,"all_streams_independent":true,"results":[` + strings.Join(results, ",") +
 			`],"session_still_open":true`,
 		"POST nested_contexts": `"events":["cluster_opened","session_opened","stream_opened","stream_closed","session_works_after_stream:5",` +
@@ -2029,6 +2029,20 @@ func (db bare) scan(size, most int) (rows int, err error) {
 	return rows, it.Close()
 }
 
+// ServeHTTP serves users naively, without deadlines, limits, ids, metrics and problem responses.
+func (db bare) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	u, err := newAda(), error(nil)
+	if r.Method == "GET" {
+		err = db.Query(selectUser, strings.TrimPrefix(r.URL.Path, "/users/")).Scan(u.columns()...)
+	} else if err = json.NewDecoder(r.Body).Decode(u); err == nil {
+		err = db.Query(insertUser, u.columns()...).Exec()
+	}
+	if err != nil {
+		w.WriteHeader(http.StatusInternalServerError)
+	}
+	json.NewEncoder(w).Encode(u)
+}
+
 // inProcess is a transport to the service that needs no network.
 type inProcess struct{}
 
@@ -2057,7 +2071,7 @@ func (db bare) sends(name, url, request, body string, rows int, headers ...strin
 	}}
 }
 
-// BenchmarkService compares the bare driver with the service in process and over HTTP. The last ones add users.
+// BenchmarkService compares the bare driver, the service in process and over HTTP, and a naive handler. The last ones add users.
 func BenchmarkService(b *testing.B) {
 	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
 	const users = 100_000
@@ -2072,7 +2086,7 @@ func BenchmarkService(b *testing.B) {
 	for rows := session.Query(`SELECT id FROM users LIMIT 1000`).Iter(); rows.Scan(&id); {
 		db.ids = append(db.ids, id)
 	}
-	url := serve(b, service)
+	url, naive := serve(b, service), serve(b, db)
 	for _, size := range []int{100, 1000, 5000} {
 		stream := fmt.Sprintf("GET /users/stream?fetch_size=%d", size)
 		compare(b, fmt.Sprintf("streams/page=%d", size), 1, way{"bare", func() (int, error) { return db.scan(size, users) }},
@@ -2085,11 +2099,13 @@ func BenchmarkService(b *testing.B) {
 				db.sends("http", url, request, body, rows)}, others...)...)
 		}
 		run("lists", func() (int, error) { return db.scan(100, 100) }, "GET /users?limit=100", "", 100)
-		run("reads", db.get, "GET /users/ID", "", 1, db.sends("no-cache", url, "GET /users/ID", "", 1, "Cache-Control: no-cache"))
+		run("reads", db.get, "GET /users/ID", "", 1, db.sends("naive", naive, "GET /users/ID", "", 1),
+			db.sends("no-cache", url, "GET /users/ID", "", 1, "Cache-Control: no-cache"))
 		run("updates", db.put, "PUT /users/ID", adaBody, 1, db.sends("if-match", url, "PUT /users/ID", adaBody, 1, "If-Match: *"))
-		run("creates", db.post, "POST /users", adaBody, 1, way{"key", func() (int, error) {
-			return db.sends("", url, "POST /users", adaBody, 1, "Idempotency-Key: "+uuid.NewString()).do()
-		}})
+		run("creates", db.post, "POST /users", adaBody, 1, db.sends("naive", naive, "POST /users", adaBody, 1),
+			way{"key", func() (int, error) {
+				return db.sends("", url, "POST /users", adaBody, 1, "Idempotency-Key: "+uuid.NewString()).do()
+			}})
 		run("batches", db.postBatch, "POST /users/batch", batchOf(maxBatch, shortTexts), maxBatch)
 	}
 }
