@@ -404,15 +404,12 @@ func TestFarNode(t *testing.T) {
 	for _, roundTrip := range []time.Duration{300 * time.Millisecond, 600 * time.Millisecond, time.Second} {
 		for _, isFarFirst := range []bool{true, false} {
 			p := startProxy(t, anyPort, cassandraAddress())
-			far := func() { p.delay.Store(int64(roundTrip / 2)) }
-			if isFarFirst {
-				far()
-			}
+			p.delay.Store(map[bool]int64{true: int64(roundTrip / 2)}[isFarFirst])
 			s, began := start(t, append(cassandraAt(p.addr), keyspace)...), time.Now()
 			s.awaitHealthy(t, 3*20*roundTrip)
 			trips := time.Since(began).Seconds() / roundTrip.Seconds()
 			t.Logf("round trip %s, far from the start: %t: healthy after %.1f round trips", roundTrip, isFarFirst, trips)
-			far()
+			p.delay.Store(int64(roundTrip / 2))
 			time.Sleep(10 * time.Second) // of pings
 			before := s.metrics(t).Queries
 			concurrently(11, func(i int) { want(t, s.do([]string{"GET /users/stream", "GET /users"}[min(i, 1)], ""), 200) })
