@@ -234,17 +234,18 @@ func metrics() []metric {
 	rate, skew := c.queryHistory.perSecond(c.queries.Load()), milliseconds(time.Duration(c.skew.Load()))
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
+	opened, failed := dialer.opened.Load(), dialer.failed.Load()
 	return []metric{
 		{"total_queries", "cassandra_queries_total", "counter", "Queries, pages and retries sent.", c.queries.Load()},
 		{"errors_count", "cassandra_query_errors_total", "counter", "Queries that failed.", c.queryErrors.Load()},
 		{"queries_per_second", "cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate},
 		{"active_connections", "cassandra_connections_open", "gauge", "Open connections.", dialer.open.Load()},
-		{"cassandra_connections.opened", "cassandra_connections_opened_total", "counter", "Opened.", dialer.opened.Load()},
-		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Failed.", dialer.failed.Load()},
+		{"cassandra_connections.opened", "cassandra_connections_opened_total", "counter", "Connections opened.", opened},
+		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Connections failed.", failed},
 		{"cassandra.connected", "cassandra_connected", "gauge", "Whether the last ping had a response.", c.connected.Load()},
 		{"cassandra.session", "cassandra_session", "gauge", "Number of the current session.", c.sessions.Load()},
 		{"cassandra.hosts", "cassandra_hosts", "gauge", "Hosts with an open connection.", dialer.hosts.Load()},
-		{"cassandra.hosts_silent", "cassandra_hosts_silent", "gauge", "Those that do not respond.", dialer.silent.Load()},
+		{"cassandra.hosts_silent", "cassandra_hosts_silent", "gauge", "Hosts that do not respond.", dialer.silent.Load()},
 		{"cassandra.clock_skew_ms", "cassandra_clock_skew_milliseconds", "gauge", "The node's clock minus this one.", skew},
 		{"requests_in_flight", "http_requests_in_flight", "gauge", "Active HTTP requests.", c.inFlight.Load()},
 		{"streams_active", "streams_active", "gauge", "Streams and pages that are being sent.", len(streams)},
