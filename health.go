@@ -122,7 +122,7 @@ func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	start := time.Now()
 	node, err := ask(ctx, true, func(ctx context.Context) (now int64, err error) {
 		err = s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(pingObserver{}).Scan(&now)
-		return now, err
+		return now, queryErrorf(read, err, "pinging")
 	})
 	if err == nil {
 		recordSkew(time.UnixMilli(node).Sub(start.Add(time.Since(start) / 2)))
@@ -274,7 +274,7 @@ func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Conte
 	defer time.AfterFunc(hedgeDelay, func() {
 		for ; isRepeatable && first.Err() == nil; sleep(first, hostInterval) {
 			if dialer.lagging.Load() {
-				if _, err := again(); err == nil {
+				if _, err := again(); outcomeOf(err) == final {
 					cancel()
 				}
 			}
@@ -283,7 +283,7 @@ func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Conte
 	value, err := query(first)
 	wasHedged := err != nil && first.Err() != nil
 	if isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt) {
-		if other, errAgain := again(); errAgain == nil || isUnavailable(err) {
+		if other, errAgain := again(); outcomeOf(errAgain) == final || isUnavailable(err) {
 			return other, errAgain
 		}
 	}
@@ -457,7 +457,7 @@ const (
 type outcome int
 
 const (
-	bug        outcome = iota // neither a retry nor a recovered Cassandra would fix it
+	final      outcome = iota // no error, or one that neither a retry nor a recovered Cassandra would fix
 	late                      // a read that took too long
 	notWritten                // Cassandra was not reached, or it refused the query before it wrote anything
 	inDoubt                   // the write may or may not have been applied, now or later
@@ -475,7 +475,7 @@ func outcomeOf(err error) outcome {
 	isOverloaded := code == gocql.ErrCodeOverloaded || code == gocql.ErrCodeBootstrapping
 	switch {
 	case query == nil, cannotMarshal, cannotUnmarshal, isInvalid:
-		return bug
+		return final
 	case isUnreachable(err), isUnavailable(query), isOverloaded && (query.kind == read || query.kind == insert):
 		return notWritten
 	case query.kind != read:
