@@ -380,10 +380,15 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 	for i, row := range rows {
 		ids[i] = gocql.UUID(row.ID)
 	}
-	sum, first := sha256.Sum256(append(sent, byte(kind))), map[string]any{}
-	query := currentSession().Query(insertKey, key, rows[0].CreatedAt, sum[:], ids).WithContext(r.Context())
-	if applied, err := query.RoutingKey([]byte(key)).MapScanCAS(first); applied || err != nil {
-		return queryErrorf(kind, err, "recording an idempotency key")
+	sum, now := sha256.Sum256(append(sent, byte(kind))), rows[0].CreatedAt
+	first, err := ask(r.Context(), true, func(ctx context.Context) (map[string]any, error) {
+		first := map[string]any{}
+		query := currentSession().Query(insertKey, key, now, sum[:], ids).WithContext(ctx)
+		_, err := query.RoutingKey([]byte(key)).MapScanCAS(first)
+		return first, queryErrorf(kind, err, "recording an idempotency key")
+	})
+	if len(first) == 0 || err != nil { // if it was applied, no other row is returned
+		return err
 	}
 	if !bytes.Equal(first["fingerprint"].([]byte), sum[:]) {
 		return errKeyReused
@@ -392,7 +397,7 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 	for i, row := range rows {
 		*row = record{uuid.UUID(recorded[i]), created, created}
 	}
-	if recorded[0] != ids[0] { // else it is the driver's second attempt of the same INSERT
+	if recorded[0] != ids[0] { // else it is the second attempt of the same INSERT
 		w.Header().Set("Idempotency-Replayed", "true")
 	}
 	return nil
