@@ -191,7 +191,8 @@ func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup str
 	if err := rows.Close(); err != nil {
 		return fmt.Errorf("looking up the schema: %w", err)
 	}
-	for _, statement := range missing {
+	for name, statement := range missing {
+		slog.Info("creating a missing keyspace or table", "name", name)
 		if err := s.Query(fmt.Sprintf(statement, c.keyspace)).WithContext(ctx).Exec(); err != nil {
 			return fmt.Errorf("creating the schema: %w", err)
 		}
@@ -274,7 +275,7 @@ func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Conte
 	defer time.AfterFunc(hedgeDelay, func() {
 		for ; isRepeatable && first.Err() == nil; sleep(first, hostInterval) {
 			if dialer.lagging.Load() {
-				if _, err := again(); outcomeOf(err) == final {
+				if _, err := again(); outcomeOf(err) <= late { // else the first attempt may still succeed
 					cancel()
 				}
 			}
@@ -283,7 +284,7 @@ func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Conte
 	value, err := query(first)
 	wasHedged := err != nil && first.Err() != nil
 	if isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt) {
-		if other, errAgain := again(); outcomeOf(errAgain) == final || isUnavailable(err) {
+		if other, errAgain := again(); outcomeOf(errAgain) <= late || isUnavailable(err) {
 			return other, errAgain
 		}
 	}
