@@ -87,7 +87,7 @@ func keepConnected(c cluster) (disconnect func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var watching sync.WaitGroup
 	watching.Go(func() { watch(ctx, c) })
-	watching.Go(func() { counters.connections.watch(ctx) })
+	watching.Go(func() { sampleCounters(ctx) })
 	return func() {
 		cancel()
 		watching.Wait()

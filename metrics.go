@@ -87,9 +87,9 @@ func recordSkew(skew time.Duration) {
 	}
 }
 
-// watch counts the hosts, and logs when one falls silent and when it is back.
-func (d *countingDialer) watch(ctx context.Context) {
-	silent := map[any]time.Duration{} // when each was silent last
+// sampleCounters records the queries and counts the hosts until ctx ends. It logs when a host falls silent or is back.
+func sampleCounters(ctx context.Context) {
+	d, silent := &counters.connections, map[any]time.Duration{} // when each host was silent last
 	for ; ctx.Err() == nil; sleep(ctx, hostInterval) {
 		counters.queryHistory.record(counters.queries.Load())
 		hosts, lagging := int64(0), false
@@ -320,8 +320,8 @@ func prometheusMetrics() []byte {
 	var out bytes.Buffer
 	for _, m := range metrics() {
 		writeHead(&out, m.prometheus, m.kind, m.help)
-		if m.value == true || m.value == false {
-			m.value = map[any]int{true: 1}[m.value]
+		if yes, ok := m.value.(bool); ok {
+			m.value = map[bool]int{true: 1}[yes]
 		}
 		fmt.Fprintf(&out, "%s %v\n", m.prometheus, m.value)
 	}
