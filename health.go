@@ -283,7 +283,7 @@ func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Conte
 	}).Stop()
 	value, err := query(first)
 	wasHedged := err != nil && first.Err() != nil
-	if isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt) {
+	if ctx.Err() == nil && (isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt)) {
 		if other, errAgain := again(); outcomeOf(errAgain) <= late || isUnavailable(err) {
 			return other, errAgain
 		}
