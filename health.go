@@ -532,7 +532,7 @@ func loadCluster(env *environment) cluster {
 		keyspace: setting(env, "CASSANDRA_KEYSPACE", "test_keyspace",
 			"1 to 48 letters, digits or underscores, and not one of Cassandra's own", parseKeyspace),
 		datacenter: setting(env, "CASSANDRA_DATACENTER", "",
-			"the name of a data centre: letters, digits, points, dashes or underscores", matching(`^[\w.-]*$`)),
+			"the name of a data centre: letters, digits, dots, dashes or underscores", matching(`^[\w.-]*$`)),
 		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", // with less, a read could miss a write
 			"LOCAL_QUORUM, QUORUM or ALL", matching(`^(LOCAL_QUORUM|QUORUM|ALL)$`)),
 		replication: setting(env, "CASSANDRA_REPLICATION", "1",

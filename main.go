@@ -182,14 +182,14 @@ func loadSettings(getenv func(string) string) (settings, error) {
 		logFormat:       setting(env, "LOG_FORMAT", "text", "text or json", matching(`^(text|json)$`)),
 		cluster:         loadCluster(env),
 	}
-	hosts, onOrOff := "*", "off"
+	hosts, onOrOff, rule := "*", "off", "host names without ports or brackets, separated by commas, or *"
 	if isLoopback(s.addr) {
 		hosts, onOrOff = "localhost,127.0.0.1,::1", "on"
 	}
-	s.allowedHosts = setting(env, "ALLOWED_HOSTS", hosts, "host names separated by commas, or *", parseAllowedHosts)
+	s.allowedHosts = setting(env, "ALLOWED_HOSTS", hosts, rule, parseAllowedHosts)
 	s.allowShutdown = setting(env, "SHUTDOWN_ENDPOINT", onOrOff, "on or off", matching(`^(on|off)$`)) == "on"
 	if s.shutdownTimeout < s.drainDelay {
-		env.reject("SHUTDOWN_TIMEOUT is %q, it must be at least DRAIN_DELAY, which is %q", s.shutdownTimeout, s.drainDelay)
+		env.reject("SHUTDOWN_TIMEOUT must be at least DRAIN_DELAY, which is %s, not %s", s.drainDelay, s.shutdownTimeout)
 	}
 	if env.invalid != nil {
 		return settings{}, errors.New(strings.Join(env.invalid, "; "))
@@ -212,7 +212,7 @@ func setting[T any](env *environment, name, fallback, allowed string, parse func
 	text := cmp.Or(env.getenv(name), fallback)
 	value, ok := parse(text)
 	if !ok {
-		env.reject("%s is %q, it must be %s", name, text, allowed)
+		env.reject("%s must be %s, not %q", name, allowed, text)
 	}
 	return value
 }

@@ -360,16 +360,16 @@ func environ(settings ...string) func(string) string {
 func TestInvalidSettings(t *testing.T) {
 	for _, tt := range []struct{ name, allowed, values string }{ // values are separated by |
 		{"ADDR", "host:port, such as 127.0.0.1:8000", "8000|localhost:|localhost:65536|localhost:http"},
-		{"ALLOWED_HOSTS", "host names separated by commas, or *", ",|a b|a/b|*,a"}, {"SHUTDOWN_ENDPOINT", "on or off", "yes|ON|1|on\n"},
+		{"ALLOWED_HOSTS", "host names without ports or brackets, separated by commas, or *", ",|a b|a/b|*,a|a:80|[::1]"},
 		{"MAX_IN_FLIGHT", "a whole number from 1 to 1000000", "0|-1|+5|many|1000001|99999999999999999999"},
 		{"DRAIN_DELAY", "a duration, such as 5s", "5|-1s"}, {"SHUTDOWN_TIMEOUT", "a duration, such as 20s", "5|soon"},
-		{"LOG_FORMAT", "text or json", "JSON|text\n"},
+		{"LOG_FORMAT", "text or json", "JSON|text\n"}, {"SHUTDOWN_ENDPOINT", "on or off", "yes|ON|1|on\n"},
 		{"CASSANDRA_HOSTS", "host names or addresses without ports, separated by commas",
 			"a,,b|http://a/|a:9042|a,b:9042|[::1]:9042|127.0.0.1:9042"},
 		{"CASSANDRA_PORT", "a port from 1 to 65535", "0|65536|9042 "},
 		{"CASSANDRA_KEYSPACE", "1 to 48 letters, digits or underscores, and not one of Cassandra's own",
 			strings.Repeat("k", 49) + `|a"; DROP KEYSPACE b; --|` + "a\nb|system|SYSTEM|System_Auth|system_virtual_schema"},
-		{"CASSANDRA_DATACENTER", "the name of a data centre: letters, digits, points, dashes or underscores", "d'c"},
+		{"CASSANDRA_DATACENTER", "the name of a data centre: letters, digits, dots, dashes or underscores", "d'c"},
 		{"CASSANDRA_CONSISTENCY", "LOCAL_QUORUM, QUORUM or ALL", "ONE|TWO|THREE|ANY|LOCAL_ONE|EACH_QUORUM|SERIAL|quorum"},
 		{"CASSANDRA_REPLICATION", "a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3",
 			"0|100|dc1:3,|dc1:0|dc1:1,dc1:2|d'c:1"},
@@ -377,12 +377,12 @@ func TestInvalidSettings(t *testing.T) {
 	} {
 		for value := range strings.SplitSeq(tt.values, "|") {
 			_, err := loadSettings(environ(tt.name + "=" + value))
-			wantEqual(t, "error", fmt.Sprint(err), fmt.Sprintf("%s is %q, it must be %s", tt.name, value, tt.allowed))
+			wantEqual(t, "error", fmt.Sprint(err), fmt.Sprintf("%s must be %s, not %q", tt.name, tt.allowed, value))
 		}
 	}
 	err := run(t.Context(), environ("DRAIN_DELAY=1m", "LOG_FORMAT=xml", "CASSANDRA_PASSWORD=hunter2"), io.Discard)
-	wantEqual(t, "error of several", fmt.Sprint(err), `LOG_FORMAT is "xml", it must be text or json; CASSANDRA_USERNAME and `+
-		`CASSANDRA_PASSWORD must be set together; SHUTDOWN_TIMEOUT is "20s", it must be at least DRAIN_DELAY, which is "1m0s"`)
+	wantEqual(t, "error of several", fmt.Sprint(err), `LOG_FORMAT must be text or json, not "xml"; CASSANDRA_USERNAME and `+
+		`CASSANDRA_PASSWORD must be set together; SHUTDOWN_TIMEOUT must be at least DRAIN_DELAY, which is 1m0s, not 20s`)
 }
 
 func TestSettings(t *testing.T) {

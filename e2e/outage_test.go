@@ -99,7 +99,7 @@ func TestSettingsOfACluster(t *testing.T) {
 	cmd := exec.Command(buildService())
 	cmd.Env = append(os.Environ(), "CASSANDRA_CONSISTENCY=ONE")
 	out, _ := cmd.CombinedOutput()
-	named := strings.HasPrefix(string(out), `cassandra-service-go: CASSANDRA_CONSISTENCY is "ONE", it must be `)
+	named := strings.HasPrefix(string(out), `cassandra-service-go: CASSANDRA_CONSISTENCY must be `)
 	check(t, named && cmd.ProcessState.ExitCode() == 1, "%s; output %s", cmd.ProcessState, out)
 }
 
