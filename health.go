@@ -120,7 +120,7 @@ func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
 	start := time.Now()
-	node, err := ask(ctx, true, func(ctx context.Context) (now int64, err error) {
+	node, err := hedge(ctx, true, func(ctx context.Context) (now int64, err error) {
 		err = s.Query(selectNow).WithContext(ctx).Consistency(gocql.One).Observer(pingObserver{}).Scan(&now)
 		return now, queryErrorf(read, err, "pinging")
 	})
@@ -262,9 +262,9 @@ func (p policy) Pick(query gocql.ExecutableQuery) gocql.NextHost {
 	}
 }
 
-// ask runs a query. It runs it once more, on another host, if the first host refused it before anything was written,
-// or if it is repeatable and the first host was slow or did not complete it.
-func ask[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
+// hedge runs a query. It repeats a query once, on another host, if the first host refused it without writing anything.
+// It also repeats a repeatable query if the first host is slow, or leaves a write in doubt.
+func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
 	dialer := &counters.connections
 	if dialer.hosts.Load() < 2 {
 		return query(ctx)

@@ -253,7 +253,7 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	}
 	for range maxNarrowings + 1 {
 		slice, f := *s, fetched{}
-		f, err = ask(ctx, true, func(ctx context.Context) (fetched, error) { return slice.read(ctx, slice.pageSize(size)) })
+		f, err = hedge(ctx, true, func(ctx context.Context) (fetched, error) { return slice.read(ctx, slice.pageSize(size)) })
 		if err == nil {
 			*s, p = *f.slice, f.page
 			s.narrow = max(0, s.narrow-1)

@@ -259,7 +259,7 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 			return err
 		}
 	}
-	_, err := ask(r.Context(), true, func(ctx context.Context) (none struct{}, err error) {
+	_, err := hedge(r.Context(), true, func(ctx context.Context) (none struct{}, err error) {
 		u, db := &users[0], currentSession()
 		stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
 		if kind == insert {
@@ -278,7 +278,7 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 // readUser returns a user or errNoUser. A linearizable read first settles a transaction that was left unfinished, so
 // its result can't change later.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
-	return ask(ctx, true, func(ctx context.Context) (u user, err error) {
+	return hedge(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
 		if linearizable {
 			query.Consistency(gocql.Consistency(gocql.LocalSerial))
@@ -294,11 +294,11 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error
 // changeUser applies a change to the current user and returns the user as written. If change is nil, it deletes the
 // user. If ifMatch is not nil and has other tags, it returns the current user and errTagMismatch.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
-	turn := turnOf(string(id[:]))
-	if err := turn.wait(ctx); err != nil {
+	lock := lockOf(string(id[:]))
+	if err := lock.wait(ctx); err != nil {
 		return u, err
 	}
-	defer turn.leave()
+	defer lock.leave()
 	for pause := time.Millisecond; ; pause = min(2*pause, time.Second) {
 		if u, err = readUser(ctx, id, false); err != nil {
 			return u, err
@@ -371,17 +371,17 @@ func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10)
 // recordKey records ids and time of new rows under an idempotency key, or gives the rows those of the first request
 // with that key and marks the response as replayed. It returns errKeyReused if that request sent something else.
 func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKind, sent []byte, rows []*record) error {
-	turn := turnOf(key)
-	if err := turn.wait(r.Context()); err != nil {
+	lock := lockOf(key)
+	if err := lock.wait(r.Context()); err != nil {
 		return err
 	}
-	defer turn.leave()
+	defer lock.leave()
 	ids := make([]gocql.UUID, len(rows))
 	for i, row := range rows {
 		ids[i] = gocql.UUID(row.ID)
 	}
 	sum, now := sha256.Sum256(append(sent, byte(kind))), rows[0].CreatedAt
-	first, err := ask(r.Context(), true, func(ctx context.Context) (map[string]any, error) {
+	first, err := hedge(r.Context(), true, func(ctx context.Context) (map[string]any, error) {
 		first := map[string]any{}
 		query := currentSession().Query(insertKey, key, now, sum[:], ids).WithContext(ctx)
 		_, err := query.RoutingKey([]byte(key)).MapScanCAS(first)
@@ -405,23 +405,23 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 
 // runTransaction runs a lightweight transaction on one row.
 func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
-	return ask(ctx, false, func(ctx context.Context) (bool, error) {
+	return hedge(ctx, false, func(ctx context.Context) (bool, error) {
 		query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(id[:])
 		applied, err := query.ScanCAS(new(int64))
 		return applied, queryErrorf(edit, err, "editing %s", id)
 	})
 }
 
-// turns make transactions on the same row wait for each other, since concurrent ones time out. A row shares its turn
-// with few others, and clients can't choose which.
-var turnSeed, turns = maphash.MakeSeed(), func() (gates [4096]gate) {
+// rowLocks serialize the transactions on a row, since concurrent ones time out. Few rows share a lock, and clients
+// can't choose which.
+var lockSeed, rowLocks = maphash.MakeSeed(), func() (gates [4096]gate) {
 	for i := range gates {
 		gates[i] = make(gate, 1)
 	}
 	return gates
 }()
 
-func turnOf(row string) gate { return turns[maphash.String(turnSeed, row)%uint64(len(turns))] }
+func lockOf(row string) gate { return rowLocks[maphash.String(lockSeed, row)%uint64(len(rowLocks))] }
 
 // field is a field that a client may set. set reads a JSON value into it and reports whether it follows the rule.
 type field struct {

@@ -27,7 +27,7 @@ func (s *service) doOneOfEach(t *testing.T) {
 	}
 }
 
-func TestMetricsAreWhatHappened(t *testing.T) {
+func TestMetricsMatchRequests(t *testing.T) {
 	s, proxy := startBehindProxy(t)
 	m := s.metrics(t)
 	c, open, queries := m.Cassandra, m.Connections.Open, m.Queries

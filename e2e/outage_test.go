@@ -122,7 +122,7 @@ func (s *service) awaitRefusal(t testing.TB, reason string) {
 	want(t, s.do("GET /users", ""), 503)
 }
 
-func TestSilentCassandraMeetsEveryDeadline(t *testing.T) {
+func TestDeadlinesWithSilentCassandra(t *testing.T) {
 	s, proxy := startBehindProxy(t)
 	before := s.metrics(t)
 	proxy.credit.Store(0)
