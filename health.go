@@ -1,4 +1,4 @@
-// This file is the connection to Cassandra: the driver's settings, the one global session that every request uses,
+// This file manages the connection to Cassandra: the driver's settings, the one global session that every request uses,
 // how it is connected, watched and replaced, what a failed query means, and GET /health.
 
 package main
@@ -97,8 +97,8 @@ func keepConnected(c cluster) (disconnect func()) {
 	}
 }
 
-// watch opens a session, pings it, and replaces it if it does not respond for a while. The driver reconnects a lost
-// node by itself. But after a longer outage its session may stay dead, if a node's new address can't be reached.
+// watch opens a session, pings it, and replaces it if it does not respond for a while. The driver reconnects to a
+// lost node by itself. But after a longer outage its session may stay dead, if a node's new address can't be reached.
 func watch(ctx context.Context, c cluster) {
 	for s := c.openWithRetry(ctx); s != nil; s = c.openWithRetry(ctx) {
 		counters.connected.Store(true)
@@ -114,8 +114,8 @@ func watch(ctx context.Context, c cluster) {
 	}
 }
 
-// ping reads the node's clock and recreates missing tables. Its queries are not counted. It reports whether it
-// succeeded, or other queries did meanwhile, as under overload.
+// ping reads the node's clock and recreates missing tables. Its queries are not counted. It reports whether it or any
+// other query within pingTimeout succeeded, since under overload a ping alone may time out.
 func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 	ctx, cancel := context.WithTimeout(ctx, pingTimeout)
 	defer cancel()
@@ -180,8 +180,8 @@ func (c cluster) open(ctx context.Context) (*gocql.Session, error) {
 	return s, nil
 }
 
-// createMissing creates what a lookup does not find. So a role without CREATE works, and instances that start
-// together rarely create a table twice, which a cluster may not sort out.
+// createMissing looks the names up and creates only the missing ones, so a role without CREATE works. Instances that
+// start together rarely create a table twice, which could leave the nodes with conflicting schemas.
 func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup string, create map[string]string) error {
 	missing, name := maps.Clone(create), ""
 	rows := s.Query(lookup, c.keyspace).WithContext(ctx).Consistency(gocql.One).Observer(pingObserver{}).Iter()
@@ -320,7 +320,7 @@ func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Sessio
 	}
 }
 
-// countingDialer counts connections, since the driver doesn't report when it closes one, and knows which hosts lag.
+// countingDialer counts connections, since the driver doesn't report when it closes one, and tracks which hosts lag.
 type countingDialer struct {
 	open, opened, failed atomic.Int64 // connections
 	byAddress            sync.Map     // of *host
@@ -343,16 +343,16 @@ func (d *countingDialer) DialContext(ctx context.Context, network, addr string) 
 	return c, nil
 }
 
-// host returns the only host at an address.
+// host returns the shared host at an address.
 func (d *countingDialer) host(addr string) *host {
 	h, _ := d.byAddress.LoadOrStore(addr, new(host))
 	return h.(*host)
 }
 
-// conn is a connection that gathers writes. The driver writes each request by itself, and a system call for each is
-// what limits its rate. Here Write only appends to a buffer and wakes send, which sends everything that has arrived
-// by then. No request waits for a timer, and under load many share one call. A request that was accepted may have
-// been sent, so it never counts as not written.
+// conn is a connection that coalesces writes. The driver makes a system call for each request, which limits its rate.
+// Here Write only appends to a buffer and wakes send, which sends everything that has arrived by then. No request waits
+// for a timer, and under load many share one call. An accepted request may have been sent, so if it fails, the write is
+// in doubt.
 type conn struct {
 	net.Conn
 	dialer  *countingDialer
@@ -428,7 +428,7 @@ func (c *conn) Close() error {
 	return c.Conn.Close()
 }
 
-// queryError is a failed query. Every store function returns its failures as one.
+// queryError is a failed query. Every function that queries Cassandra for a request returns its failures as one.
 type queryError struct {
 	error // "inserting user 1b4e…: the driver's error"
 	kind  queryKind
@@ -488,8 +488,8 @@ func outcomeOf(err error) outcome {
 	return notWritten
 }
 
-// isUnavailable reports whether a host did nothing, since it could not reach enough replicas. After a transaction's
-// proposal the refusal names no serial consistency.
+// isUnavailable reports whether a host did nothing, since it could not reach enough replicas. A transaction did nothing
+// only if the error names a serial consistency; after its proposal the error names another one.
 func isUnavailable(err error) bool {
 	refusal, ok := errors.AsType[*gocql.RequestErrUnavailable](err)
 	if query, isQuery := errors.AsType[*queryError](err); ok && isQuery && query.kind == edit {

@@ -248,7 +248,7 @@ func newRouter(cfg settings) *router {
 	handle("GET /context_manager_safety/status", getSafetyStatus)
 
 	rt.unmatched = &route{router: rt, handler: rt.refuseUnmatched, options: offline, stats: statsOf("none")}
-	for _, pattern := range []string{ // batch and stream are no ids, so other methods are 405 and not /users/{id}
+	for _, pattern := range []string{ // batch and stream are not ids, so other methods get 405 instead of /users/{id}
 		"GET /users/batch", "PUT /users/batch", "PATCH /users/batch", "DELETE /users/batch",
 		"PUT /users/stream", "PATCH /users/stream", "DELETE /users/stream",
 	} {
@@ -341,7 +341,7 @@ func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("X-Request-Id", id)
 	rec := &recorder{ResponseWriter: w, ResponseController: http.NewResponseController(w)}
-	rec.SetWriteDeadline(time.Time{}) // of the connection's last request
+	rec.SetWriteDeadline(time.Time{}) // clears that of the connection's previous request
 	status := rec.finish(r, line.serve(rec, r))
 	line.stats.statuses[status].Add(1)
 	line.stats.times.observe(time.Since(start))
@@ -415,9 +415,9 @@ type receivedBody struct{ *bytes.Buffer }
 func (receivedBody) Close() error { return nil }
 
 // receiveBody receives the body before the request counts towards MAX_IN_FLIGHT, so slow uploads can't block others.
-// Only then does net/http notice that a client left. The body of a GET, HEAD or DELETE is discarded.
+// net/http detects a disconnect only after that. The body of a GET, HEAD or DELETE is discarded.
 func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
-	if r.ContentLength != 0 { // else its end would look like a client that left
+	if r.ContentLength != 0 { // without a body, an expired deadline would look like a disconnected client
 		w.SetReadDeadline(deadline) // a context does not unblock Read
 	}
 	body, sink := receivedBody{new(bytes.Buffer)}, io.Discard
@@ -508,8 +508,8 @@ func (w *recorder) Write(p []byte) (written int, err error) {
 	return written, nil
 }
 
-// finish responds with the handler's error and returns the status to count. It logs errors of the service, but not
-// those that the client caused, its own deadline included, and not a missing Cassandra, which is logged elsewhere.
+// finish responds with the handler's error and returns the status to count. It logs the service's errors, but not those
+// that the client or its own deadline caused. A missing Cassandra is logged elsewhere.
 func (w *recorder) finish(r *http.Request, err error) int {
 	w.SetWriteDeadline(time.Now().Add(writeTimeout)) // for the closing bytes, and whatever net/http has buffered
 	switch {
@@ -646,7 +646,7 @@ func (rt *router) getRoot(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// getDocument responds with an embedded file. Its policy permits the page's one <style> and <script>, and this service.
+// getDocument serves an embedded file. Its CSP allows the page's <style> and <script>, and requests to this service.
 func getDocument(body []byte, contentType string) handler {
 	policy := "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; " +
 		"frame-ancestors 'none'"

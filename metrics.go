@@ -126,8 +126,8 @@ func (d *countingDialer) observe(node *gocql.HostInfo, took time.Duration, err e
 // host is a node as its connections see it. Times are nanoseconds of uptime.
 type host struct {
 	open    atomic.Int64 // connections
-	waiting atomic.Int64 // for a first byte, since this time; 0 if not
-	ill     atomic.Int64 // when its last query was slow or refused, or was sent since; 0 if it was neither
+	waiting atomic.Int64 // time of the first request since it last sent a byte; 0 if there is none
+	ill     atomic.Int64 // time of its last slow or refused query, or of one that lags allowed since; 0 if it is well
 }
 
 func (h *host) isSilent() bool { return h.waiting.Load() != 0 && elapsed(&h.waiting) > maxSilence }
@@ -150,7 +150,7 @@ type routeStats struct {
 	times    histogram
 }
 
-// statsOf returns the only routeStats of a pattern.
+// statsOf returns the shared routeStats of a pattern.
 func statsOf(pattern string) *routeStats {
 	stats, _ := counters.routes.LoadOrStore(pattern, new(routeStats))
 	return stats.(*routeStats)
@@ -223,7 +223,7 @@ func getMetrics(w http.ResponseWriter, r *http.Request) error {
 	return writeBody(w, http.StatusOK, "text/plain; version=0.0.4; charset=utf-8", prometheusMetrics())
 }
 
-// metric is a value that both formats have. A point in its JSON name separates object and member.
+// metric is a value that both formats have. A dot in its JSON name separates object and member.
 type metric struct {
 	json, prometheus, kind, help string
 	value                        any
@@ -241,12 +241,12 @@ func metrics() []metric {
 		{"queries_per_second", "cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate},
 		{"active_connections", "cassandra_connections_open", "gauge", "Open connections.", dialer.open.Load()},
 		{"cassandra_connections.opened", "cassandra_connections_opened_total", "counter", "Connections opened.", opened},
-		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Connections failed.", failed},
-		{"cassandra.connected", "cassandra_connected", "gauge", "Whether the last ping had a response.", c.connected.Load()},
+		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Failed dials.", failed},
+		{"cassandra.connected", "cassandra_connected", "gauge", "Result of the last ping.", c.connected.Load()},
 		{"cassandra.session", "cassandra_session", "gauge", "Number of the current session.", c.sessions.Load()},
 		{"cassandra.hosts", "cassandra_hosts", "gauge", "Hosts with an open connection.", dialer.hosts.Load()},
 		{"cassandra.hosts_silent", "cassandra_hosts_silent", "gauge", "Hosts that do not respond.", dialer.silent.Load()},
-		{"cassandra.clock_skew_ms", "cassandra_clock_skew_milliseconds", "gauge", "The node's clock minus this one.", skew},
+		{"cassandra.clock_skew_ms", "cassandra_clock_skew_milliseconds", "gauge", "Node clock minus service clock.", skew},
 		{"requests_in_flight", "http_requests_in_flight", "gauge", "Active HTTP requests.", c.inFlight.Load()},
 		{"streams_active", "streams_active", "gauge", "Streams and pages that are being sent.", len(streams)},
 		{"rows_streamed", "rows_streamed_total", "counter", "Users sent by streams.", c.rowsStreamed.Load()},
@@ -315,7 +315,7 @@ func uptime() time.Duration { return time.Since(counters.started) }
 
 func milliseconds(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-// prometheusMetrics returns the same in the text format 0.0.4, with histograms for percentiles.
+// prometheusMetrics returns the metrics in the text format 0.0.4, with histograms instead of percentiles.
 func prometheusMetrics() []byte {
 	var out bytes.Buffer
 	for _, m := range metrics() {

@@ -1,4 +1,4 @@
-// This file holds the self-tests: a failed query, a broken or cancelled stream or a nested session never harms the
+// This file holds the self-tests. A failed query, a failed or cancelled stream, or a nested session never harms the
 // global session, and slow requests end at their deadline. It also measures concurrent reads.
 
 package main
@@ -351,7 +351,7 @@ func testCancellation(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// wasCancelled reports whether its context, and nothing else, kept a stream from its remaining rows.
+// wasCancelled reports whether a stream ended before its last row because its context was cancelled.
 func wasCancelled(err error, processed, total int) bool {
 	return errors.Is(err, context.Canceled) && processed < total
 }
@@ -388,7 +388,7 @@ func newScratch(ctx context.Context, ages []int) (*scratch, error) {
 	for n, age := range ages {
 		batch.Bind(insertScratch, values(t.run, n, fmt.Sprintf("user %d", n), age))
 	}
-	return t, queryErrorf(read, t.db.ExecuteBatch(batch), "writing the scratch table") // as a read: nobody misses the rows
+	return t, queryErrorf(read, t.db.ExecuteBatch(batch), "writing the scratch table") // as a read: lost rows don't matter
 }
 
 // stream reads all rows of a statement page by page. It calls afterPage, if not nil, after each page but the last.

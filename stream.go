@@ -34,7 +34,7 @@ const (
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
 	minCount      = 100     // rows from which the density of a table is estimated
 	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
-	narrowing     = 4       // bits by which a slice is narrowed for which Cassandra ran out of time
+	narrowing     = 4       // bits by which a slice is narrowed if Cassandra runs out of time
 	maxNarrowings = 3       // of one slice; after that the failure is returned
 	pageTime      = 2 * time.Second
 	ndjson        = "application/x-ndjson"
@@ -48,7 +48,7 @@ var streams = make(gate, maxStreams)
 // table describes a table for scans; its key is a random UUID.
 type table struct {
 	name           string
-	selectRange    string // rows behind one token, up to another
+	selectRange    string // rows after one token, up to and including another
 	selectFiltered string // the same, with a minimum age
 	maxFilter      int    // the highest minimum; 0 if there is no filter
 	newRow         func() row
@@ -68,7 +68,7 @@ func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if !r.ProtoAtLeast(1, 1) { // it has no framing that shows a truncated body
+	if !r.ProtoAtLeast(1, 1) { // HTTP/1.0 has no framing that shows truncation
 		w.Header().Set("Upgrade", "HTTP/1.1")
 		return refuse(http.StatusUpgradeRequired, "Streams need HTTP/1.1; for nginx set proxy_http_version 1.1")
 	}
@@ -102,7 +102,7 @@ func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 	return err
 }
 
-// streamError is a failed stream and the position behind the last row it sent.
+// streamError is a failed stream and the position after the last row it sent.
 type streamError struct {
 	error
 	pageState string
@@ -133,7 +133,7 @@ func (t *table) getPage(w http.ResponseWriter, r *http.Request) error {
 	return writeBody(w, http.StatusOK, "application/json", []byte(`{"`+t.name+`":[`), p.array(), []byte(tail))
 }
 
-// page is some rows of a scan as JSON, each with a newline behind it.
+// page is some rows of a scan as JSON, each followed by a newline.
 type page struct {
 	json []byte
 	rows int
@@ -149,7 +149,7 @@ func (p page) array() []byte {
 
 // scan is a resumable scan of a table. Cassandra hashes each key to a token above -2^63 and stores rows in the order
 // of their tokens, over which random keys are spread evenly. So a scan can be cut into slices of equal width, and can
-// resume behind any token, in a narrower slice if need be. Cassandra's paging state, which can be neither narrowed
+// resume after any token, in a narrower slice if need be. Cassandra's paging state, which can be neither narrowed
 // nor checked, is not used.
 type scan struct {
 	*table
@@ -233,13 +233,13 @@ func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 	defer cancel()
 	for failed := err; failed == nil && s.more() && all.rows < size && time.Since(start) < budget; {
 		var p page
-		p, failed = s.next(ctx, size-all.rows) // the next page meets a failure again, if it lasts
+		p, failed = s.next(ctx, size-all.rows) // not returned: if it lasts, the client's next request fails
 		all.json, all.rows = append(all.json, p.json...), all.rows+p.rows
 	}
 	return all, err
 }
 
-// next reads a page of about size rows, perhaps none, and moves the scan behind it. If Cassandra runs out of time, it
+// next reads a page of about size rows, perhaps none, and moves the scan past it. If Cassandra runs out of time, it
 // tries a narrower slice, and widens later ones again. A filtered scan first counts rows without its filter.
 func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
@@ -266,13 +266,13 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	return p, err
 }
 
-// isTooWide reports that a node ran out of time, or met too many tombstones.
+// isTooWide reports whether a node ran out of time, or met too many tombstones.
 func isTooWide(err error) bool {
 	return slices.Contains([]int{gocql.ErrCodeReadTimeout, gocql.ErrCodeReadFailure}, codeOf(err))
 }
 
-// read reads a page of the next slice and returns it with the scan behind it. One row more shows that more follow.
-// Since the position is a token, rows with the same token, which random keys hardly ever have, share a page.
+// read reads a page of the next slice and returns it with the scan after it. It requests one row more than size to find
+// out whether more follow. Rows with the same token, which random keys hardly ever have, share a page.
 func (s scan) read(ctx context.Context, size int) (fetched, error) {
 	p, end := page{}, s.bound()
 	statement, values := s.selectRange, []any{s.from, end}
@@ -326,7 +326,7 @@ func (s *scan) token(kind string) string {
 	return fmt.Sprintf("%s.%08x", position, sum)
 }
 
-// parseToken returns the scan at a token's position. Damaged text is not the token of the scan that it parses to.
+// parseToken returns the scan at a token's position. The text is valid only if that scan has exactly this token.
 func (t *table) parseToken(text, kind string) (s *scan, ok bool) {
 	s = newScan(t)
 	fmt.Sscanf(text, kind+".%d.%d.%d.%d", &s.minAge, &s.left, &s.from, &s.width)
@@ -380,7 +380,7 @@ func (p *parameters) number(name string, fallback, low, high int) int {
 	if !p.Has(name) {
 		return fallback
 	}
-	n, err := strconv.ParseUint(p.Get(name), 10, 63) // returns the maximum for more
+	n, err := strconv.ParseUint(p.Get(name), 10, 63) // the maximum if out of range
 	if len(p.Values[name]) > 1 || err != nil && !errors.Is(err, strconv.ErrRange) || int(n) < low {
 		p.reject(name, fmt.Sprintf("must be one whole number in plain digits, at least %d", low))
 	}

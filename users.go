@@ -1,4 +1,4 @@
-// This file is the user: its type, rules, CQL and JSON. It shows prepared statements, lightweight transactions, a
+// This file defines the user: its type, rules, CQL and JSON. It shows prepared statements, lightweight transactions, a
 // logged batch, idempotent retries, conditional edits and strict JSON. A copy of it is a second resource.
 
 package main
@@ -123,7 +123,7 @@ func postUser(w http.ResponseWriter, r *http.Request) error {
 		return invalid(errs...)
 	}
 	err = createUsers(w, r, insert, key, users)
-	w.Header().Set("Location", "/users/"+u.ID.String()) // also of a 504: then the user may exist
+	w.Header().Set("Location", "/users/"+u.ID.String()) // also sent with a 504: the user may exist
 	if err != nil {
 		return err
 	}
@@ -246,8 +246,8 @@ func removeUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) (err error
 	return nil
 }
 
-// createUsers writes new users, or the same users again. Of a logged batch all are written or, eventually, none, but
-// for a moment a reader may see some of them.
+// createUsers writes new users, or the same ones again. A logged batch writes all or, eventually, none, but a reader
+// may see some of them for a moment.
 func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
 	if key != "" {
 		records, sent := make([]*record, len(users)), []byte("users")
@@ -275,8 +275,8 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 	return err
 }
 
-// readUser returns a user or errNoUser. A linearizable read first settles a transaction that was left unfinished, so
-// its result can't change later.
+// readUser returns a user or errNoUser. A linearizable read first settles a proposed transaction that was left
+// unfinished, so that can't change its result later. One that a slow node has not proposed yet still can.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
 	return hedge(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
@@ -291,8 +291,8 @@ func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error
 	})
 }
 
-// changeUser applies a change to the current user and returns the user as written. If change is nil, it deletes the
-// user. If ifMatch is not nil and has other tags, it returns the current user and errTagMismatch.
+// changeUser applies a change to the current user and returns the user as written. It deletes the user if change is
+// nil. It returns the current user and errTagMismatch if ifMatch is not nil and does not match.
 func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func(*user)) (u user, err error) {
 	lock := lockOf(string(id[:]))
 	if err := lock.wait(ctx); err != nil {
@@ -357,7 +357,7 @@ func isAddress(text string) bool {
 	return err == nil && address.Address == text && strings.TrimLeftFunc(text, isVisible) == ""
 }
 
-// What follows serves every resource.
+// The rest of this file serves every resource.
 
 // record holds the columns that every table has.
 type record struct {
@@ -368,8 +368,8 @@ type record struct {
 // etag returns the row's entity tag, which every change changes.
 func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10) + `"` }
 
-// recordKey records ids and time of new rows under an idempotency key, or gives the rows those of the first request
-// with that key and marks the response as replayed. It returns errKeyReused if that request sent something else.
+// recordKey records the ids and time of new rows under an idempotency key. If the key exists, it copies the recorded
+// ones to the rows and marks the response as replayed, or returns errKeyReused if the request was a different one.
 func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKind, sent []byte, rows []*record) error {
 	lock := lockOf(key)
 	if err := lock.wait(r.Context()); err != nil {
@@ -387,7 +387,7 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 		_, err := query.RoutingKey([]byte(key)).MapScanCAS(first)
 		return first, queryErrorf(kind, err, "recording an idempotency key")
 	})
-	if len(first) == 0 || err != nil { // if it was applied, no other row is returned
+	if len(first) == 0 || err != nil { // an INSERT that was applied returns no row
 		return err
 	}
 	if !bytes.Equal(first["fingerprint"].([]byte), sum[:]) {
