@@ -1,6 +1,6 @@
 // The tests send requests to the service in process, through its real routes and middleware, against a live Cassandra.
-// They share one keyspace, which is dropped at the end, and compare differences of counters. What needs processes, outages
-// or an empty database is in e2e/. Helpers come first, then a section for each service file, then fuzz targets and benchmarks.
+// They share one keyspace, which is dropped at the end, and compare differences of counters. Tests that need processes, outages
+// or an empty database are in e2e/. Helpers come first, then a section for each service file, then fuzz targets and benchmarks.
 
 package main
 
@@ -757,8 +757,8 @@ func (f fault) Code() int       { return int(f) }
 func (f fault) Message() string { return "secret" }
 func (f fault) Error() string   { return fmt.Sprintf("secret %#x", int(f)) }
 
-// faults is what errors mean to each kind of statement: 503 guarantees that
-// nothing was written, and 504 to a write that it may have been. 0 is impossible.
+// faults lists the status of each error by kind of statement. 503 guarantees that nothing was written,
+// 504 means that a write may have been applied, and 0 is impossible.
 var faults = []struct {
 	why                       string
 	read, insert, batch, edit int
@@ -823,7 +823,7 @@ func TestDrainAbortsRequests(t *testing.T) {
 	wantProblem(t, r, 504, inDoubtUser)
 }
 
-// fragile dials, and is, a connection that is cut now and then between Write and the send, while cuts is not negative.
+// fragile is a dialer and each of its connections. While cuts is not negative, one in 20 writes by send closes the connection.
 type fragile struct {
 	*countingDialer
 	net.Conn
@@ -847,7 +847,7 @@ func (f fragile) Write(requests []byte) (int, error) {
 }
 
 // Connections are cut 1000 times after they accepted requests that are not sent yet. No acknowledged write is lost, and
-// none that was answered by 503 is applied.
+// no write that returned 503 is applied.
 func TestRequestsThatAreNotSent(t *testing.T) {
 	defer slog.SetDefault(slog.Default())
 	slog.SetDefault(slog.New(slog.DiscardHandler))
@@ -1072,7 +1072,7 @@ func TestChangesOfAUser(t *testing.T) {
 		{"PUT", `{"name":"Bob","email":"bob@example.com","age":40}`, func() { u.Name, u.Email, u.Age = "Bob", "bob@example.com", 40 }},
 		{"PATCH", `{"name":"Eve"}`, func() { u.Name = "Eve" }},
 		{"PATCH", `{"email":"eve@example.com"}`, func() { u.Email = "eve@example.com" }}, {"PATCH", `{"age":0}`, func() { u.Age = 0 }},
-		{"PATCH", `{"age":0}`, func() {}}, // the same value: still another version
+		{"PATCH", `{"age":0}`, func() {}}, // even the same value makes a new version
 		{"PATCH", `{"id":"x","created_at":"x","updated_at":"x","age":7}`, func() { u.Age = 7 }},
 	} { // without a pause, so the clock often has not moved
 		r, last := do(t, tt.method+" "+path, tt.body), u.UpdatedAt
@@ -1131,7 +1131,7 @@ func TestChangesRightAfterCreationAreKept(t *testing.T) {
 			return createUsers(httptest.NewRecorder(), newRequest(t.Context(), "POST /users", ""), insert, "", []user{*u})
 		}), 0)
 	}
-	// That could fail: an INSERT that is stamped 5 ms ahead wins over later changes; further ahead on a busy machine.
+	// To show that this test can fail: an INSERT stamped 5 ms ahead, or more on a busy machine, wins over later changes.
 	lost := int64(0)
 	for ahead := 5 * time.Millisecond; ahead < time.Minute && lost == 0; ahead *= 5 {
 		lost = lostChanges(t, 60, func(u *user) error {
@@ -1381,12 +1381,12 @@ func TestRefusedBatchWritesNothing(t *testing.T) {
 	wantEqual(t, "queries", counters.queries.Load()-before, 0)
 }
 
-// Cassandra counts the size of a batch in its own way: a batch of 44 000 bytes of
-// response JSON must be less than it refuses, whatever the users look like.
+// Cassandra counts the size of a batch in its own way, but accepts any batch of
+// 44,000 bytes of response JSON, whatever the users look like.
 func TestLargestBatch(t *testing.T) {
 	const limit = 44_000
 	email := strings.Repeat("e", maxEmail-len("@example.com")) + "@example.com"
-	for _, n := range []int{55, maxBatch} { // the largest users, and the most of them
+	for _, n := range []int{55, maxBatch} { // few large users, and many small ones
 		post := func(allNames int) response { // bytes, distributed evenly
 			return do(t, "POST /users/batch", batchOf(n, func(i int) (string, string) {
 				size := allNames*(i+1)/n - allNames*i/n
@@ -1495,7 +1495,7 @@ func array(users []*user) string {
 	return "[" + strings.ReplaceAll(strings.TrimSuffix(lines(users), "\n"), "\n", ",") + "]\n"
 }
 
-// readPages follows page_state from a query on, with one fetch_size after the other, and returns all users as a JSON array.
+// readPages follows page_state from a query on, cycling through the fetch sizes, and returns all users as a JSON array.
 func readPages(t testing.TB, h http.Handler, path, member, query string, fetchSizes ...int) string {
 	t.Helper()
 	var pages []string
@@ -1676,7 +1676,7 @@ func TestIDsWithTheSameToken(t *testing.T) {
 	}
 	all := doOn(t, streamed, "GET /test", "").body
 	wantEqual(t, "users", strings.Count(all, `"id"`), 12)
-	for size := 1; size <= 13; size++ { // pages end before, between and behind them
+	for size := 1; size <= 13; size++ { // pages end before, between and after them
 		for query := range strings.SplitSeq("|age_filter=30", "|") {
 			wantBody(t, doOn(t, streamed, fmt.Sprintf("GET /test?fetch_size=%d&%s", size, query), ""), 200, all)
 			wantEqual(t, fmt.Sprintf("pages of %d", size), readPages(t, pages, "/test", name, query, size), all)
@@ -1884,7 +1884,7 @@ func FuzzUserJSON(f *testing.F) {
 	})
 }
 
-// FuzzPageToken parses positions under a correct checksum, which is no signature: none gives a scan that cannot continue.
+// FuzzPageToken parses any position with a correct checksum, which is not a signature: every scan that it accepts can continue.
 func FuzzPageToken(f *testing.F) {
 	const start, most = ".0.9223372036854775807.-9223372036854775808.0", ".-1.-1.9223372036854775807.18446744073709551615"
 	for _, position := range []string{start, most, ".150.1.-1.1125899906842624", ".0.0.0.0", ".-1.1.0.1"} {

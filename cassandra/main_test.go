@@ -153,7 +153,7 @@ func read(file string) string {
 	return string(text)
 }
 
-// fake returns a private launcher with scripts as java and mvn in dir/bin. Each runs a snippet after it has left notes.
+// fake returns a private launcher with scripts as java and mvn in dir/bin. Each records its PID and surroundings, then runs a snippet.
 func fake(t *testing.T, node, maven string, args ...string) (cmd *exec.Cmd, dir string) {
 	dir = t.TempDir()
 	java := `#!/bin/sh
@@ -262,7 +262,7 @@ func TestClasspathCache(t *testing.T) {
 	}
 }
 
-// It starts a real node, again after SIGKILL, and again on the same data.
+// TestNode starts a real node, restarts it after SIGKILL, and starts another on the same data.
 func TestNode(t *testing.T) {
 	if !*long {
 		t.Skip("needs -long")

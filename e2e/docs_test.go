@@ -62,7 +62,7 @@ func TestReference(t *testing.T) {
 	check(t, len(rows) == len(settings), "docs/reference.md has the settings %q, the code %q", rows, settings)
 	units := strings.NewReplacer(" << 20", " MiB", " << 10", " KiB", " * time.Second", " s", " * time.Minute", " min", "_", ",")
 	for _, l := range regexp.MustCompile("([0-9,]+(?: \\w+)?) \\| `(\\w+)` \\|").FindAllStringSubmatch(string(reference), -1) {
-		check(t, strings.Contains(units.Replace(string(code)), l[2]+" = "+l[1]+" "), "the code has another %s than %s", l[2], l[1])
+		check(t, strings.Contains(units.Replace(string(code)), l[2]+" = "+l[1]+" "), "the code's %s is not %s", l[2], l[1])
 	}
 }
 

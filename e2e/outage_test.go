@@ -147,7 +147,7 @@ func TestDeadlinesWithSilentCassandra(t *testing.T) {
 	s.awaitQuiet(t, before)
 }
 
-// outage fails a service's only Cassandra and checks how quickly the service notices that, and the end of it.
+// outage fails a service's only Cassandra and checks how quickly the service detects the failure and the recovery.
 func outage(t *testing.T, s *service, fail, mend func()) {
 	fail()
 	await(t, 9*time.Second, "unhealthy", func() bool { return s.do("GET /health", "").status == 503 })
@@ -292,7 +292,7 @@ func TestCredentialsAreChecked(t *testing.T) {
 	check(t, !strings.Contains(s.log(), "s3cret-typo"), "the log has the password")
 }
 
-// The only node is killed and stopped under load, and announces its address or one that is reserved for documentation.
+// The only node is killed and stopped under load, and advertises its address or one that is reserved for documentation.
 func TestOnlyNodeFails(t *testing.T) {
 	needsLong(t)
 	for _, flags := range [][]string{{"-restart", "2s"}, {"-restart", "2s", "-rpc-address", "203.0.113.7"}} {
@@ -332,7 +332,7 @@ func (s *service) withstand(t testing.TB, during time.Duration) (perSecond float
 	for endpoint, tally := range l.tallies {
 		n, failed, slow := tally.requests.Load(), tally.failed.Load(), tally.slow.Load()
 		t.Logf("%s: %d requests, %d failed, %d took over 3 s", endpoint, n, failed, slow)
-		check(t, failed*50 <= n && slow*50 <= n, "more than 2 %% of them failed or were slow")
+		check(t, failed*50 <= n && slow*50 <= n, "%s: more than 2 %% failed or were slow", endpoint)
 		perSecond += float64(n) / during.Seconds()
 	}
 	return perSecond
@@ -391,14 +391,14 @@ func TestSilentHosts(t *testing.T) {
 		f.fail()
 		rate := s.withstand(t, f.during)
 		t.Logf("host %d %s: %.0f requests/s, %.0f before", f.host, f.name, rate, normal)
-		check(t, rate > .4*normal && logged() >= before+f.logged, "want 40 %% of them, and %d lines in the log", f.logged)
+		check(t, rate > .4*normal && logged() >= before+f.logged, "want 40 %% of the normal rate, and %d lines in the log", f.logged)
 		f.mend()
 		s.wantShare(t, f.host, proxies)
 	}
 	check(t, s.metrics(t).Cassandra.Session == 1, "a session was replaced")
 }
 
-// The only node is far away, from the start or from some time on. It is slow, but healthy, and nothing is asked twice.
+// The only node is far away, from the start or only later. It is slow, but healthy, and no query is sent twice.
 func TestFarNode(t *testing.T) {
 	needsLong(t)
 	keyspace := inKeyspace + startHealthy(t).keyspace
@@ -484,8 +484,8 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 }
 
 // Edits that end with 504 while a node hangs, or after it was killed, may be applied later, by the next transaction on the
-// row. A serial read settles all that were proposed. Only one that a slow node has not proposed yet can come after it, until
-// the next edit of the user: what that returns stays.
+// row. A serial read settles all that were proposed. An edit that a slow node has not proposed yet can still be applied after
+// it, but not after the user's next edit, whose result is final.
 func TestSerialReadSettlesEdits(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-nodes", "3", "-restart", "3s")

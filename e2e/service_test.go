@@ -363,7 +363,7 @@ func connect(addr string) (*gocql.Session, error) {
 	cfg := gocql.NewCluster(host)
 	cfg.Port, _ = strconv.Atoi(port)
 	cfg.ProtoVersion, cfg.Timeout, cfg.ConnectTimeout, cfg.WriteCoalesceWaitTime = 4, time.Minute, 4*time.Second, 0
-	cfg.DisableInitialHostLookup = true                                                           // an announced address may be unreachable
+	cfg.DisableInitialHostLookup = true                                                           // an advertised address may be unreachable
 	cfg.Authenticator = gocql.PasswordAuthenticator{Username: "cassandra", Password: "cassandra"} // if it is needed
 	cfg.Logger = log.New(io.Discard, "", 0)
 	return cfg.CreateSession()
@@ -380,7 +380,7 @@ func seeded(i int) user {
 	return user{userID(i).String(), fmt.Sprintf("%0100d", i), fmt.Sprintf("user%d@example.com", i), i % 100}
 }
 
-// seed writes n users past the service.
+// seed writes n users, bypassing the service.
 func seed(t testing.TB, db *gocql.Session, keyspace string, n int) {
 	insert, now := "INSERT INTO "+keyspace+".users (id, name, email, age, created_at, updated_at) VALUES (?, ?, ?, ?, ?, ?)", time.Now()
 	inBatches(t, db, n, func(b *gocql.Batch, i int) {
