@@ -83,7 +83,7 @@ type launcher struct {
 	size, port                int // number of nodes, and their CQL port or 0
 	data, pidFile, rpcAddress string
 	restart                   time.Duration
-	auth                      bool
+	auth, periodic            bool
 	private                   bool // start a Cassandra, as every flag implies
 	command                   []string
 
@@ -149,6 +149,7 @@ func (l *launcher) parse(args []string) error {
 	fs.StringVar(&l.rpcAddress, "rpc-address", "", "advertise `ADDR` to clients, and the next addresses for further nodes")
 	fs.StringVar(&l.pidFile, "pid", "", "write the process ids of the nodes to `FILE`, one per line")
 	fs.BoolVar(&l.auth, "auth", false, "require a user name and password; both are cassandra")
+	fs.BoolVar(&l.periodic, "periodic", false, "acknowledge writes before they are on disk, for benchmarks")
 	fs.Usage = func() {
 		fmt.Fprintln(fs.Output(), "usage: go run ./cassandra [flags] [COMMAND …]\n\n"+
 			"Runs COMMAND against a Cassandra that is already running, in CASSANDRA_HOSTS or on localhost:9042.\n"+
@@ -504,6 +505,7 @@ func (l *launcher) config(n *node) string {
 		"${ADDRESS}", n.address,
 		"${ADVERTISED}", n.advertised,
 		"${AUTHENTICATOR}", map[bool]string{false: "AllowAllAuthenticator", true: "PasswordAuthenticator"}[l.auth],
+		"${COMMITLOG_SYNC}", map[bool]string{false: "batch", true: "periodic\ncommitlog_sync_period: 1s"}[l.periodic],
 		"${CQL_PORT}", fmt.Sprint(l.cqlPort),
 		"${STORAGE_PORT}", fmt.Sprint(l.storagePort),
 	).Replace(yaml)

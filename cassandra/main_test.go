@@ -50,6 +50,13 @@ func launch(t *testing.T, args ...string) *exec.Cmd {
 	return cmd
 }
 
+func must(t *testing.T, errs ...error) {
+	t.Helper()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // await starts cmd and returns its standard output after the line "ready". Nobody reads its standard error, as when
 // Ctrl-C also ends the tee of `2>&1 | tee log`.
 func await(t *testing.T, cmd *exec.Cmd) io.Reader {
@@ -58,9 +65,7 @@ func await(t *testing.T, cmd *exec.Cmd) io.Reader {
 	reader, stderr, err2 := os.Pipe()
 	reader.Close()
 	cmd.Stderr = stderr
-	if err := errors.Join(err1, err2, cmd.Start()); err != nil {
-		t.Fatal(err)
-	}
+	must(t, err1, err2, cmd.Start())
 	t.Cleanup(func() { cmd.Process.Kill() })
 	line := make([]byte, len("ready\n"))
 	if _, err := io.ReadFull(out, line); string(line) != "ready\n" {
@@ -135,9 +140,7 @@ func TestSignals(t *testing.T) {
 func TestForeignPIDFile(t *testing.T) {
 	dir := t.TempDir()
 	foreign := dir + "/foreign"
-	if err := errors.Join(os.WriteFile(foreign, []byte("12\nprecious\n"), 0o644), os.Symlink("pids", dir+"/link")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(foreign, []byte("12\nprecious\n"), 0o644), os.Symlink("pids", dir+"/link"))
 	for _, name := range []string{dir, foreign, dir + "/link", os.DevNull} {
 		cmd := launch(t, "-pid", name, "-data", dir+"/data", "true")
 		out, _ := cmd.CombinedOutput()
@@ -162,11 +165,8 @@ func fake(t *testing.T, node, maven string, args ...string) (cmd *exec.Cmd, dir 
 	mvn := `#!/bin/sh
 		echo $$ >> "$JAVA_HOME/pids"; echo $(ls -d .mvn) "${1%cassandra-*}" > "$JAVA_HOME/maven"; ` + maven + `
 		printf %s "$JAVA_HOME/bin/java" > classpath`
-	err := errors.Join(os.Mkdir(dir+"/bin", 0o755), os.WriteFile(dir+"/bin/java", []byte(java), 0o755),
+	must(t, os.Mkdir(dir+"/bin", 0o755), os.WriteFile(dir+"/bin/java", []byte(java), 0o755),
 		os.WriteFile(dir+"/bin/mvn", []byte(mvn), 0o755))
-	if err != nil {
-		t.Fatal(err)
-	}
 	cmd = launch(t, args...)
 	cmd.Env = append(cmd.Env, "JAVA_HOME="+dir, "HOME="+dir, "XDG_CACHE_HOME=", "PATH="+dir+"/bin:"+os.Getenv("PATH"))
 	t.Cleanup(func() { wantGone(t, read(dir+"/pids")) })
@@ -243,9 +243,7 @@ func TestClasspathCache(t *testing.T) {
 	fakes, dir := fake(t, "exit 1", "", "-auth")
 	tmp := t.TempDir()
 	poison := fmt.Sprintf("%s/cassandra-classpath-%x", tmp, sha256.Sum256(pom)) // as another user may put it into /tmp
-	if err := os.WriteFile(poison, []byte("/etc/hostname\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.WriteFile(poison, []byte("/etc/hostname\n"), 0o644))
 	run := func(home string) (maven string) {
 		os.Remove(dir + "/maven")
 		cmd := exec.Command(binary, "-auth")
