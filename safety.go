@@ -285,7 +285,8 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	}
 	happened("cluster_works_after_session:True", "cluster_closing")
 	closeCluster()
-	if waitUntil(func() bool { return dialer.open.Load() == 0 }, closeTimeout) {
+	isOver := func() bool { return dialer.open.Load() == 0 || r.Context().Err() != nil }
+	if waitUntil(isOver, closeTimeout) && r.Context().Err() == nil {
 		happened("cluster_closed")
 	}
 	return writeJSON(w, http.StatusOK, map[string]any{
@@ -322,10 +323,10 @@ func (t *scratch) useNestedSession(ctx context.Context, d *countingDialer, happe
 	}
 	happened(fmt.Sprintf("session_works_after_stream:%d", len(again)), "session_closing")
 	go session.Close()
-	if waitUntil(session.Closed, closeTimeout) {
+	if waitUntil(func() bool { return session.Closed() || ctx.Err() != nil }, closeTimeout) {
 		happened("session_closed")
 	}
-	return len(first), nil
+	return len(first), ctx.Err()
 }
 
 // testCancellation handles POST /context_manager_safety/cancellation: a stream that is cancelled, then a new one.
@@ -405,10 +406,4 @@ func (t *scratch) stream(ctx context.Context, afterPage func(), statement string
 		}
 	}
 	return rows, queryErrorf(read, it.Close(), "streaming the scratch table")
-}
-
-// values binds the values of a statement in a batch. Batch.Query would make the driver look for a routing key, under
-// a lock that ignores deadlines.
-func values(list ...any) func(*gocql.QueryInfo) ([]any, error) {
-	return func(*gocql.QueryInfo) ([]any, error) { return list, nil }
 }

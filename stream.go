@@ -139,7 +139,7 @@ type page struct {
 	rows int
 }
 
-// array returns the rows separated by commas. JSON text has no other newlines.
+// array returns the rows separated by commas, which it writes over the newlines. JSON text has no other ones.
 func (p page) array() []byte {
 	for line := range bytes.Lines(p.json) {
 		line[len(line)-1] = ','
@@ -252,7 +252,7 @@ func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 		return page{}, err
 	}
 	for range maxNarrowings + 1 {
-		slice, f := *s, fetched{}
+		slice, f := *s, fetched{} // a copy, since a hedged attempt can outlive this one
 		f, err = hedge(ctx, true, func(ctx context.Context) (fetched, error) { return slice.read(ctx, slice.pageSize(size)) })
 		if err == nil {
 			*s, p = *f.slice, f.page
@@ -275,12 +275,12 @@ func isTooWide(err error) bool {
 // out whether more follow. Rows with the same token, which random keys hardly ever have, share a page.
 func (s scan) read(ctx context.Context, size int) (fetched, error) {
 	p, end := page{}, s.bound()
-	statement, values := s.selectRange, []any{s.from, end}
+	statement, args := s.selectRange, []any{s.from, end}
 	if s.minAge > 0 {
-		statement, values = s.selectFiltered, append(values, s.minAge)
+		statement, args = s.selectFiltered, append(args, s.minAge)
 	}
 	anyNode := uuid.New() // without a routing key the driver looks for one, under a lock that ignores deadlines
-	query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(anyNode[:])
+	query := currentSession().Query(statement, args...).WithContext(ctx).RoutingKey(anyNode[:])
 	rows := query.PageSize(size + 1).Prefetch(0).Iter()
 	p.json = make([]byte, 0, rows.NumRows()*(s.rowBytes+s.rowBytes/16))
 	row, last := s.newRow(), s.from

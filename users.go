@@ -38,6 +38,7 @@ const (
 	defaultList   = 10     // users in a response of GET /users
 	maxList       = 100    // users
 	maxMemberName = 100    // bytes; longer names are not echoed
+	userSize      = 256    // bytes of JSON that most users have at most
 
 	// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ. A later transaction carries
 	// a ballot from a node's clock. If that lay before the INSERT's timestamp, the change would be reported as applied
@@ -248,18 +249,19 @@ func removeUser(w http.ResponseWriter, r *http.Request, id uuid.UUID) (err error
 
 // createUsers writes new users, or the same ones again. A logged batch writes all or, eventually, none, but a reader
 // may see some of them for a moment.
-func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) error {
+func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key string, users []user) (err error) {
+	isReplay := false
 	if key != "" {
 		records, sent := make([]*record, len(users)), []byte("users")
-		for i, u := range users {
+		for i, u := range users { // u is a copy, here without id and times
 			records[i], u.record = &users[i].record, record{}
 			sent = u.appendJSON(sent)
 		}
-		if err := recordKey(w, r, key, kind, sent, records); err != nil {
+		if isReplay, err = recordKey(r.Context(), key, kind, sent, records); err != nil {
 			return err
 		}
 	}
-	_, err := hedge(r.Context(), true, func(ctx context.Context) (none struct{}, err error) {
+	_, err = hedge(r.Context(), true, func(ctx context.Context) (none struct{}, err error) {
 		u, db := &users[0], currentSession()
 		stamp := time.UnixMilli(u.CreatedAt).Add(-insertAge).UnixMicro()
 		if kind == insert {
@@ -272,6 +274,9 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 		}
 		return none, queryErrorf(batchInsert, db.ExecuteBatch(batch), "inserting a batch of %d users", len(users))
 	})
+	if isReplay && err == nil {
+		w.Header().Set("Idempotency-Replayed", "true")
+	}
 	return err
 }
 
@@ -315,21 +320,21 @@ func changeUser(ctx context.Context, id uuid.UUID, ifMatch []string, change func
 
 // compareAndSet writes the change if the user is still as it was read.
 func compareAndSet(ctx context.Context, u *user, change func(*user)) (applied bool, err error) {
-	condition, values := ifUnchanged, []any{gocql.UUID(u.ID), u.UpdatedAt}
+	condition, args := ifUnchanged, []any{gocql.UUID(u.ID), u.UpdatedAt}
 	if u.UpdatedAt == 0 { // null: IF updated_at = null also holds for a missing user, and would create half of one
-		condition, values = ifExists, values[:1]
+		condition, args = ifExists, args[:1]
 	}
 	if change == nil {
-		return runTransaction(ctx, u.ID, deleteUser+condition, values...)
+		return runTransaction(ctx, u.ID, deleteUser+condition, args...)
 	}
 	change(u)
 	u.UpdatedAt = max(time.Now().UnixMilli(), u.UpdatedAt+1) // each version of a user has its own
-	return runTransaction(ctx, u.ID, updateUser+condition, append(u.columns()[2:], values...)...)
+	return runTransaction(ctx, u.ID, updateUser+condition, append(u.columns()[2:], args...)...)
 }
 
 func writeUser(w http.ResponseWriter, status int, u *user) error {
 	w.Header().Set("ETag", u.etag())
-	return writeBody(w, status, "application/json", append(u.appendJSON(nil), '\n'))
+	return writeBody(w, status, "application/json", append(u.appendJSON(make([]byte, 0, userSize)), '\n'))
 }
 
 // appendJSON appends the user as JSON: the same bytes in every response.
@@ -369,11 +374,11 @@ type record struct {
 func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10) + `"` }
 
 // recordKey records the ids and time of new rows under an idempotency key. If the key exists, it copies the recorded
-// ones to the rows and marks the response as replayed, or returns errKeyReused if the request was a different one.
-func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKind, sent []byte, rows []*record) error {
+// ones to the rows, or returns errKeyReused if that request was a different one.
+func recordKey(ctx context.Context, key string, kind queryKind, sent []byte, rows []*record) (replay bool, err error) {
 	lock := lockOf(key)
-	if err := lock.wait(r.Context()); err != nil {
-		return err
+	if err := lock.wait(ctx); err != nil {
+		return false, err
 	}
 	defer lock.leave()
 	ids := make([]gocql.UUID, len(rows))
@@ -381,35 +386,38 @@ func recordKey(w http.ResponseWriter, r *http.Request, key string, kind queryKin
 		ids[i] = gocql.UUID(row.ID)
 	}
 	sum, now := sha256.Sum256(append(sent, byte(kind))), rows[0].CreatedAt
-	first, err := hedge(r.Context(), true, func(ctx context.Context) (map[string]any, error) {
+	first, err := hedge(ctx, true, func(ctx context.Context) (map[string]any, error) {
 		first := map[string]any{}
 		query := currentSession().Query(insertKey, key, now, sum[:], ids).WithContext(ctx)
 		_, err := query.RoutingKey([]byte(key)).MapScanCAS(first)
 		return first, queryErrorf(kind, err, "recording an idempotency key")
 	})
 	if len(first) == 0 || err != nil { // an INSERT that was applied returns no row
-		return err
+		return false, err
 	}
 	if !bytes.Equal(first["fingerprint"].([]byte), sum[:]) {
-		return errKeyReused
+		return false, errKeyReused
 	}
 	recorded, created := first["ids"].([]gocql.UUID), first["created_at"].(time.Time).UnixMilli()
 	for i, row := range rows {
 		*row = record{uuid.UUID(recorded[i]), created, created}
 	}
-	if recorded[0] != ids[0] { // else it is the second attempt of the same INSERT
-		w.Header().Set("Idempotency-Replayed", "true")
-	}
-	return nil
+	return recorded[0] != ids[0], nil // equal: the first attempt of this very INSERT recorded them
 }
 
 // runTransaction runs a lightweight transaction on one row.
-func runTransaction(ctx context.Context, id uuid.UUID, statement string, values ...any) (applied bool, err error) {
+func runTransaction(ctx context.Context, id uuid.UUID, statement string, args ...any) (applied bool, err error) {
 	return hedge(ctx, false, func(ctx context.Context) (bool, error) {
-		query := currentSession().Query(statement, values...).WithContext(ctx).RoutingKey(id[:])
+		query := currentSession().Query(statement, args...).WithContext(ctx).RoutingKey(id[:])
 		applied, err := query.ScanCAS(new(int64))
 		return applied, queryErrorf(edit, err, "editing %s", id)
 	})
+}
+
+// values binds the values of a statement in a batch. Batch.Query would make the driver look for a routing key, under
+// a lock that ignores deadlines.
+func values(list ...any) func(*gocql.QueryInfo) ([]any, error) {
+	return func(*gocql.QueryInfo) ([]any, error) { return list, nil }
 }
 
 // rowLocks serialize the transactions on a row, since concurrent ones time out. Few rows share a lock, and clients
@@ -430,7 +438,7 @@ type field struct {
 }
 
 // readFields reads the members of a JSON object into fields and returns all errors, located below at. Unless all is
-// set, fields may be missing.
+// set, fields may be missing. A GET response can be edited and PUT back.
 func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
@@ -448,7 +456,7 @@ func readFields(fields []field, object json.RawMessage, at string, all bool) (er
 			rule = "appears more than once"
 		case i >= 0 && !fields[i].set(value):
 			rule = fields[i].rule
-		case i < 0 && !slices.Contains(readOnly, name):
+		case i < 0 && !slices.Contains([]string{"id", "created_at", "updated_at"}, name): // read-only: ignored
 			rule = "unknown field; the fields are " + namesOf(fields) + " (case-sensitive)"
 		}
 		if seen[name] = true; rule != "" {
@@ -466,9 +474,6 @@ func readFields(fields []field, object json.RawMessage, at string, all bool) (er
 	}
 	return errs
 }
-
-// readOnly are ignored in a body, so that a GET response can be edited and PUT back.
-var readOnly = []string{"id", "created_at", "updated_at"}
 
 // namesOf returns a list such as "name, email and age".
 func namesOf(fields []field) string {
