@@ -29,23 +29,23 @@ import (
 )
 
 const (
-	healthTimeout  = 2 * time.Second  // of the query behind /health
-	pingInterval   = time.Second      // also while idle, when no request would notice an outage
-	pingTimeout    = 3 * time.Second  // three times the slowest round trip that is expected
-	deadAfter      = 3 * time.Second  // without a successful ping: open another session
-	retryInterval  = time.Second      // between attempts to connect, to succeed within 5 s
-	dialTimeout    = 2 * time.Second  // for a TCP connection
-	connectTimeout = 4 * time.Second  // for each response while a connection starts
-	sessionTimeout = 30 * time.Second // to create a session, which takes about 15 round trips
-	agreeTimeout   = 2 * time.Second  // for schema agreement; a node that is down never agrees
-	logInterval    = 10 * time.Second // between log lines about an outage
-	queryTimeout   = 12 * time.Second // of one page, longer than a node's own timeouts of 5 or 10 s
-	maxSkew        = 5 * time.Second  // between the clocks of service and node before it is logged
-	maxPending     = 1 << 20          // bytes of requests on one connection that are not sent yet
-	maxSilence     = time.Second      // of a host, before queries prefer other hosts
-	backAfter      = 3 * time.Second  // without silence, a host is back
-	hostInterval   = time.Second / 10 // between looks at the hosts
-	hedgeDelay     = maxSilence + 2*hostInterval
+	healthTimeout  = 2 * time.Second             // of the query behind /health
+	pingInterval   = time.Second                 // also while idle, when no request would notice an outage
+	pingTimeout    = 3 * time.Second             // three times the slowest round trip that is expected
+	deadAfter      = 3 * time.Second             // without a successful ping: open another session
+	retryInterval  = time.Second                 // between attempts to connect, to succeed within 5 s
+	dialTimeout    = 2 * time.Second             // for a TCP connection
+	connectTimeout = 4 * time.Second             // for each response while a connection starts
+	sessionTimeout = 30 * time.Second            // to create a session, which takes about 15 round trips
+	agreeTimeout   = 2 * time.Second             // for schema agreement; a node that is down never agrees
+	logInterval    = 10 * time.Second            // between log lines about an outage
+	queryTimeout   = 12 * time.Second            // of one page, longer than a node's own timeouts of 5 or 10 s
+	maxSkew        = 5 * time.Second             // between the clocks of service and node before it is logged
+	maxPending     = 1 << 20                     // bytes of requests on one connection that are not sent yet
+	maxSilence     = time.Second                 // of a host, before queries prefer other hosts
+	backAfter      = 3 * time.Second             // without silence, a host is back
+	hostInterval   = time.Second / 10            // between looks at the hosts
+	hedgeDelay     = maxSilence + 2*hostInterval // then a silent host counts as lagging
 
 	selectKeyspace = `SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = ?`
 	selectTables   = `SELECT table_name FROM system_schema.tables WHERE keyspace_name = ?`
@@ -128,7 +128,7 @@ func (c cluster) ping(ctx context.Context, s *gocql.Session) bool {
 		recordSkew(time.UnixMilli(node).Sub(start.Add(time.Since(start) / 2)))
 		err = c.createMissing(ctx, s, selectTables, createTables)
 	}
-	ok := err == nil || elapsed(&counters.lastResponse) < pingTimeout
+	ok := err == nil || elapsed(counters.lastResponse.Load()) < pingTimeout
 	counters.connected.Store(ok)
 	return ok
 }
@@ -263,7 +263,7 @@ func (p policy) Pick(query gocql.ExecutableQuery) gocql.NextHost {
 }
 
 // hedge runs a query. It repeats a query once, on another host, if the first host refused it without writing anything.
-// It also repeats a repeatable query if the first host is slow, or leaves a write in doubt.
+// It also repeats a repeatable query if the first host is slow or does not complete it.
 func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
 	dialer := &counters.connections
 	if dialer.hosts.Load() < 2 {
@@ -282,8 +282,8 @@ func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Con
 		}
 	}).Stop()
 	value, err := query(first)
-	wasHedged := err != nil && first.Err() != nil
-	if ctx.Err() == nil && (isUnavailable(err) || isRepeatable && (wasHedged || outcomeOf(err) == inDoubt)) {
+	isIncomplete := err != nil && first.Err() != nil || outcomeOf(err) > late && !isTooWide(err)
+	if ctx.Err() == nil && (isUnavailable(err) || isRepeatable && isIncomplete) {
 		if other, errAgain := again(); outcomeOf(errAgain) <= late || isUnavailable(err) {
 			return other, errAgain
 		}
@@ -567,26 +567,6 @@ func parseDuration(text string) (time.Duration, bool) {
 
 func matching(pattern string) func(string) (string, bool) {
 	return func(text string) (string, bool) { return text, regexp.MustCompile(pattern).MatchString(text) }
-}
-
-// parseAllowedHosts returns nil for *.
-func parseAllowedHosts(text string) (hosts []string, ok bool) {
-	if text == "*" {
-		return nil, true
-	}
-	return parseHosts(strings.ToLower(text))
-}
-
-// hostname returns the host of an address without port and brackets.
-func hostname(address string) string {
-	if host, _, err := net.SplitHostPort(address); err == nil {
-		return host
-	}
-	return strings.Trim(address, "[]")
-}
-
-func isLoopback(address string) bool {
-	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
 }
 
 func parseHosts(text string) ([]string, bool) {

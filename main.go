@@ -13,7 +13,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
@@ -23,10 +22,12 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
+	"path"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -138,10 +139,10 @@ func limitSendBuffer(ctx context.Context, conn net.Conn) context.Context {
 func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 	shutdown.draining.Store(true)
 	start := time.Now()
-	slog.Info("draining", "in_flight", counters.active.Load())
+	slog.Info("draining", "active", counters.active.Load())
 	idle := func() bool { return counters.active.Load() == 0 }
 	if !waitUntil(func() bool { return idle() && time.Since(start) >= cfg.drainDelay }, cfg.shutdownTimeout) {
-		slog.Warn("drain timed out; aborting active requests", "in_flight", counters.active.Load())
+		slog.Warn("drain timed out; aborting active requests", "active", counters.active.Load())
 		abort(errShutdown)
 		waitUntil(idle, abortTimeout)
 	}
@@ -217,9 +218,29 @@ func setting[T any](env *environment, name, fallback, allowed string, parse func
 	return value
 }
 
+// parseAllowedHosts returns nil for *.
+func parseAllowedHosts(text string) (hosts []string, ok bool) {
+	if text == "*" {
+		return nil, true
+	}
+	return parseHosts(strings.ToLower(text))
+}
+
+// hostname returns the host of an address without port and brackets.
+func hostname(address string) string {
+	if host, _, err := net.SplitHostPort(address); err == nil {
+		return host
+	}
+	return strings.Trim(address, "[]")
+}
+
+func isLoopback(address string) bool {
+	return strings.EqualFold(hostname(address), "localhost") || net.ParseIP(hostname(address)).IsLoopback()
+}
+
 // newRouter returns the route table.
 func newRouter(cfg settings) *router {
-	rt := &router{settings: cfg, mux: http.NewServeMux(), inFlight: make(gate, cfg.maxInFlight)}
+	rt := &router{settings: cfg, mux: http.NewServeMux(), slots: make(gate, cfg.maxInFlight)}
 	handle := rt.handle
 	handle("GET /{$}", rt.getRoot, probe)
 	handle("GET /health", getHealth, probe)
@@ -249,7 +270,7 @@ func newRouter(cfg settings) *router {
 
 	rt.unmatched = &route{router: rt, handler: rt.refuseUnmatched, options: offline, stats: statsOf("none")}
 	for _, pattern := range []string{ // batch and stream are not ids, so other methods get 405 instead of /users/{id}
-		"GET /users/batch", "PUT /users/batch", "PATCH /users/batch", "DELETE /users/batch",
+		"/", "GET /users/batch", "PUT /users/batch", "PATCH /users/batch", "DELETE /users/batch",
 		"PUT /users/stream", "PATCH /users/stream", "DELETE /users/stream",
 	} {
 		rt.mux.Handle(pattern, rt.unmatched)
@@ -264,7 +285,7 @@ type router struct {
 	endpoints   []string // the patterns in the order of the table
 	unmatched   *route
 	crossOrigin http.CrossOriginProtection
-	inFlight    gate
+	slots       gate         // MAX_IN_FLIGHT
 	bodies      atomic.Int64 // bytes of the bodies that are being received or handled
 }
 
@@ -292,22 +313,17 @@ type route struct {
 
 func (rt *router) handle(pattern string, h handler, opts ...options) {
 	endpoint := strings.TrimSuffix(pattern, "{$}")
-	line := &route{router: rt, handler: h, stats: statsOf(endpoint)}
-	for _, o := range opts {
-		line.options |= o
-	}
 	rt.endpoints = append(rt.endpoints, endpoint)
-	rt.mux.Handle(pattern, line)
+	rt.mux.Handle(pattern, &route{rt, h, cmp.Or(opts...), statsOf(endpoint)})
 }
 
-// ServeHTTP routes a request. The mux alone would send text for unknown methods and paths, and redirect unclean paths.
+// ServeHTTP routes a request. The mux alone would redirect unclean paths.
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	h, _ := rt.mux.Handler(r)
-	if _, ok := h.(*route); !ok {
+	if escaped := r.URL.EscapedPath(); path.Clean("/"+escaped) != escaped { // also *
 		rt.unmatched.ServeHTTP(w, r)
 		return
 	}
-	rt.mux.ServeHTTP(w, r) // sets the path values
+	rt.mux.ServeHTTP(w, r)
 }
 
 // refuseUnmatched responds with 405 if other methods have a route, else with 404.
@@ -337,11 +353,10 @@ func (line *route) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	id := r.Header.Get("X-Request-Id")
 	if !validID.MatchString(id) {
-		id = rand.Text()
+		id = strconv.FormatUint(rand.Uint64(), 36)
 	}
 	w.Header().Set("X-Request-Id", id)
 	rec := &recorder{ResponseWriter: w, ResponseController: http.NewResponseController(w)}
-	rec.SetWriteDeadline(time.Time{}) // clears that of the connection's previous request
 	status := rec.finish(r, line.serve(rec, r))
 	line.stats.statuses[status].Add(1)
 	line.stats.times.observe(time.Since(start))
@@ -379,7 +394,7 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 	case currentSession() == nil && line.options&offline == 0:
 		return errNotConnected
 	case line.options&uncapped == 0:
-		return line.inFlight.limit("requests", line.handler)(w, r)
+		return line.slots.limit("requests", line.handler)(w, r)
 	}
 	return line.handler(w, r)
 }
@@ -417,17 +432,18 @@ func (receivedBody) Close() error { return nil }
 // receiveBody receives the body before the request counts towards MAX_IN_FLIGHT, so slow uploads can't block others.
 // net/http detects a disconnect only after that. The body of a GET, HEAD or DELETE is discarded.
 func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
-	if r.ContentLength != 0 { // without a body, an expired deadline would look like a disconnected client
-		w.SetReadDeadline(deadline) // a context does not unblock Read
+	body, sink, sent := receivedBody{new(bytes.Buffer)}, io.Discard, r.Body
+	if r.Body = body; r.ContentLength == 0 {
+		return nil
 	}
-	body, sink := receivedBody{new(bytes.Buffer)}, io.Discard
+	w.SetReadDeadline(deadline)  // a context does not unblock Read
+	w.SetWriteDeadline(deadline) // of 100 Continue, since that of the connection's previous request may have passed
 	if strings.HasPrefix(r.Method, "P") {
 		body.Grow(int(min(max(r.ContentLength, 0), maxBody)) + bytes.MinRead)
 		sink = body
 	}
-	_, err := io.Copy(sink, http.MaxBytesReader(w.ResponseWriter, r.Body, maxBody))
+	_, err := io.Copy(sink, http.MaxBytesReader(w.ResponseWriter, sent, maxBody))
 	w.SetReadDeadline(time.Time{})
-	r.Body = body
 	_, isTooLarge := errors.AsType[*http.MaxBytesError](err)
 	switch {
 	case isTooLarge:

@@ -130,7 +130,10 @@ type host struct {
 	ill     atomic.Int64 // time of its last slow or refused query, or of one that lags allowed since; 0 if it is well
 }
 
-func (h *host) isSilent() bool { return h.waiting.Load() != 0 && elapsed(&h.waiting) > maxSilence }
+func (h *host) isSilent() bool {
+	since := h.waiting.Load()
+	return since != 0 && elapsed(since) > maxSilence
+}
 
 // lags reports whether queries should go to other hosts. An ill host gets one query per maxSilence until one is quick.
 func (h *host) lags() bool {
@@ -138,11 +141,11 @@ func (h *host) lags() bool {
 	if ill == 0 || h.isSilent() {
 		return h.isSilent()
 	}
-	return elapsed(&h.ill) < maxSilence || !h.ill.CompareAndSwap(ill, int64(uptime()))
+	return elapsed(ill) < maxSilence || !h.ill.CompareAndSwap(ill, int64(uptime()))
 }
 
-// elapsed returns the time since an uptime.
-func elapsed(since *atomic.Int64) time.Duration { return uptime() - time.Duration(since.Load()) }
+// elapsed returns the time since an uptime in nanoseconds.
+func elapsed(since int64) time.Duration { return uptime() - time.Duration(since) }
 
 // routeStats counts the requests of one route.
 type routeStats struct {

@@ -73,7 +73,7 @@ func TestDrainDelayAndSecondSignal(t *testing.T) {
 	check(t, time.Since(began) >= time.Second, "exited after %s without an active request, want at least 1s", time.Since(began))
 	s = start(t, useCrowd(t), "DRAIN_DELAY=20s", "LOG_FORMAT=json")
 	s.Process.Signal(syscall.SIGTERM)
-	await(t, 5*time.Second, "draining", func() bool { return strings.Contains(s.log(), `"level":"INFO","msg":"draining","in_flight":0`) })
+	await(t, 5*time.Second, "draining", func() bool { return strings.Contains(s.log(), `"level":"INFO","msg":"draining","active":0`) })
 	s.Process.Signal(syscall.SIGTERM)
 	s.wantExit(t, -1, 3*time.Second)
 }
