@@ -186,9 +186,7 @@ func (s *service) wantSchemas(t *testing.T, operations object) {
 
 func TestDocsPageLoadsNothingFromElsewhere(t *testing.T) {
 	t.Parallel()
-	s := start(t, useCrowd(t), "ALLOWED_HOSTS=users.example.com")
-	want(t, s.do("GET /docs", ""), 421, "Host not allowed; see ALLOWED_HOSTS")
-	r := s.do("GET /docs", "", "Host: users.example.com:80")
+	r := start(t, useCrowd(t)).do("GET /docs", "")
 	policy := r.header.Get("Content-Security-Policy")
 	for _, element := range regexp.MustCompile(`(?s)<(?:style|script)\b[^>]*>(.*?)</(style|script)>`).FindAllStringSubmatch(r.body, -1) {
 		sum := sha256.Sum256([]byte(element[1]))

@@ -207,6 +207,8 @@ func TestTombstones(t *testing.T) {
 	}
 	s := startHealthy(t)
 	seed(t, admin, s.keyspace, 5)
+	beside := startHealthy(t)
+	seed(t, admin, beside.keyspace, n/8)
 	remove := "DELETE FROM " + s.keyspace + ".users WHERE id = ?"
 	inBatches(t, admin, n, func(b *gocql.Batch, i int) { b.Query(remove, userID(i+5)) })
 	for age := range 2 {
@@ -223,6 +225,10 @@ func TestTombstones(t *testing.T) {
 		target = strings.TrimPrefix(link, "<")
 	}
 	wantSeeded(t, users, 5, 0)
+	before := beside.metrics(t).QueryTimes["count"]
+	wantSeeded(t, beside.stream(t, ""), n/8, 0)
+	queries := beside.metrics(t).QueryTimes["count"] - before
+	check(t, queries <= float64(n)/8/1000*1.4+2, "%d users beside the tombstones take %g queries, want one per page", n/8, queries)
 }
 
 // One client stops reading for good, another pauses for 20 s four times in the last megabyte.
