@@ -367,7 +367,7 @@ func TestInvalidSettings(t *testing.T) {
 		{"CASSANDRA_DATACENTER", "the name of a data centre: letters, digits, dots, dashes or underscores", "d'c"},
 		{"CASSANDRA_CONSISTENCY", "LOCAL_QUORUM, QUORUM or ALL", "ONE|TWO|THREE|ANY|LOCAL_ONE|EACH_QUORUM|SERIAL|quorum"},
 		{"CASSANDRA_REPLICATION", "a number of replicas from 1 to 99, or one per data centre, such as dc1:3,dc2:3",
-			"0|100|dc1:3,|dc1:0|dc1:1,dc1:2|d'c:1"},
+			"0|100|dc1:3,|dc1:0|dc1:1,dc1:2|d'c:1|class:1"},
 		{"CASSANDRA_TLS_CA", "a readable file of PEM certificates", "/nowhere.pem|go.mod"},
 	} {
 		for value := range strings.SplitSeq(tt.values, "|") {
