@@ -249,7 +249,7 @@ func newRouter(cfg settings) *router {
 	handle("GET /openapi.json", getDocument(openAPI, "application/json"), offline)
 	handle("GET /docs", getDocument(docsPage, "text/html; charset=utf-8"), offline)
 	handle("POST /users", postUser)
-	handle("GET /users", listUsers)
+	handle("GET /users", usersTable.list)
 	handle("POST /users/batch", postBatch)
 	handle("GET /users/stream", streams.limit("streams", usersTable.stream), noDeadline)
 	handle("GET /users/stream/pages", streams.limit("streams", usersTable.getPage))

@@ -131,24 +131,6 @@ func postUser(w http.ResponseWriter, r *http.Request) error {
 	return writeUser(w, http.StatusCreated, u)
 }
 
-// listUsers handles GET /users.
-func listUsers(w http.ResponseWriter, r *http.Request) error {
-	params := newParameters(r)
-	limit := params.number("limit", defaultList, 1, maxList)
-	s := params.scan(usersTable, listToken)
-	if params.err != nil {
-		return params.err
-	}
-	p, err := s.page(r.Context(), limit)
-	if err != nil {
-		return err
-	}
-	if s.more() {
-		w.Header().Set("Link", fmt.Sprintf(`</users?limit=%d&page_state=%s>; rel="next"`, limit, s.token(listToken)))
-	}
-	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
-}
-
 // postBatch handles POST /users/batch. It writes nothing unless all elements are valid and small enough together.
 func postBatch(w http.ResponseWriter, r *http.Request) error {
 	body, key, errs, err := readPost(r)
@@ -372,6 +354,25 @@ type record struct {
 
 // etag returns the row's entity tag, which every change changes.
 func (r *record) etag() string { return `"` + strconv.FormatInt(r.UpdatedAt, 10) + `"` }
+
+// list handles GET of a table's path: some rows, and a link to the next ones.
+func (t *table) list(w http.ResponseWriter, r *http.Request) error {
+	params := newParameters(r)
+	limit := params.number("limit", defaultList, 1, maxList)
+	s := params.scan(t, listToken)
+	if params.err != nil {
+		return params.err
+	}
+	p, err := s.page(r.Context(), limit)
+	if err != nil {
+		return err
+	}
+	if s.more() {
+		next := fmt.Sprintf(`<%s?limit=%d&page_state=%s>; rel="next"`, r.URL.Path, limit, s.token(listToken))
+		w.Header().Set("Link", next)
+	}
+	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
+}
 
 // recordKey records the ids and time of new rows under an idempotency key. If the key exists, it copies the recorded
 // ones to the rows, or returns errKeyReused if that request was a different one.
