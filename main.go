@@ -128,9 +128,7 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 
 // limitSendBuffer keeps the socket's send buffer small, so that writes progress as fast as the client reads.
 func limitSendBuffer(ctx context.Context, conn net.Conn) context.Context {
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		tcp.SetWriteBuffer(sendBuffer)
-	}
+	conn.(*net.TCPConn).SetWriteBuffer(sendBuffer)
 	return ctx
 }
 
