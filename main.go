@@ -610,7 +610,7 @@ func asProblem(cause, err error) *problem {
 	case isMissing:
 		return refuse(http.StatusNotFound, err.Error())
 	case errors.Is(err, errTagMismatch):
-		return refuse(http.StatusPreconditionFailed, "If-Match does not match the user's current ETag")
+		return refuse(http.StatusPreconditionFailed, "If-Match does not match the current ETag")
 	case errors.Is(err, errKeyReused):
 		return invalid(fieldError{Header: "Idempotency-Key", Detail: "was used for a different request"})
 	case outcome == inDoubt:
