@@ -309,7 +309,7 @@ type route struct {
 	stats   *routeStats
 }
 
-func (rt *router) handle(pattern string, h handler, opts ...options) {
+func (rt *router) handle(pattern string, h handler, opts ...options) { // at most one; | combines options
 	endpoint := strings.TrimSuffix(pattern, "{$}")
 	rt.endpoints = append(rt.endpoints, endpoint)
 	rt.mux.Handle(pattern, &route{rt, h, cmp.Or(opts...), statsOf(endpoint)})
@@ -520,6 +520,12 @@ func (w *recorder) Write(p []byte) (written int, err error) {
 		}
 	}
 	return written, nil
+}
+
+// FlushError is what ResponseController.Flush calls. It has its own deadline, too: the last Write may have taken long.
+func (w *recorder) FlushError() error {
+	w.SetWriteDeadline(time.Now().Add(writeTimeout))
+	return w.Flush()
 }
 
 // finish responds with the handler's error and returns the status to count. It logs the service's errors, but not those

@@ -92,9 +92,7 @@ func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		counters.rowsStreamed.Add(int64(p.rows))
-		client := http.NewResponseController(w)
-		client.SetWriteDeadline(time.Now().Add(writeTimeout)) // else it had only what the last Write left
-		if err := client.Flush(); err != nil {
+		if err := http.NewResponseController(w).Flush(); err != nil {
 			return err
 		}
 	}
