@@ -586,7 +586,7 @@ func parseReplication(text string) (string, bool) {
 	}
 	ok := regexp.MustCompile(`^[\w.-]+:[1-9]\d?(,[\w.-]+:[1-9]\d?)*$`).MatchString(text)
 	name := regexp.MustCompile(`([\w.-]+):`)
-	names := slices.Sorted(slices.Values(append(name.FindAllString(text, -1), "class:"))) // no data centre can have it
+	names := slices.Sorted(slices.Values(append(name.FindAllString(text, -1), "class:"))) // the map has class already
 	text = "{'class': 'NetworkTopologyStrategy', " + name.ReplaceAllString(text, "'$1': ") + "}"
 	return text, ok && len(slices.Compact(names)) == len(names)
 }

@@ -138,10 +138,7 @@ func (h *host) isSilent() bool {
 // lags reports whether queries should go to other hosts. An ill host gets one query per maxSilence until one is quick.
 func (h *host) lags() bool {
 	ill := h.ill.Load()
-	if ill == 0 || h.isSilent() {
-		return h.isSilent()
-	}
-	return elapsed(ill) < maxSilence || !h.ill.CompareAndSwap(ill, int64(uptime()))
+	return h.isSilent() || ill != 0 && (elapsed(ill) < maxSilence || !h.ill.CompareAndSwap(ill, int64(uptime())))
 }
 
 // elapsed returns the time since an uptime in nanoseconds.

@@ -368,8 +368,7 @@ func (t *table) list(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if s.more() {
-		next := fmt.Sprintf(`<%s?limit=%d&page_state=%s>; rel="next"`, r.URL.Path, limit, s.token(listToken))
-		w.Header().Set("Link", next)
+		w.Header().Set("Link", fmt.Sprintf(`<%s?limit=%d&page_state=%s>; rel="next"`, r.URL.Path, limit, s.token(listToken)))
 	}
 	return writeBody(w, http.StatusOK, "application/json", []byte("["), p.array(), []byte("]\n"))
 }
