@@ -51,9 +51,8 @@ func launch(t *testing.T, args ...string) *exec.Cmd {
 }
 
 func must(t *testing.T, errs ...error) {
-	t.Helper()
-	if err := errors.Join(errs...); err != nil {
-		t.Fatal(err)
+	if t.Helper(); errors.Join(errs...) != nil {
+		t.Fatal(errors.Join(errs...))
 	}
 }
 
