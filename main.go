@@ -146,9 +146,7 @@ func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), abortTimeout)
 	defer cancel()
-	if server.Shutdown(ctx) != nil {
-		server.Close() // also ends a write that its client does not read
-	}
+	server.Shutdown(ctx) // a write that its client does not read ends with the process
 	slog.Info("stopped", "after", time.Since(start).Round(time.Millisecond))
 }
 
