@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"testing"
+	"time"
 )
 
 // doOneOfEach sends requests that take 15 queries in all and stream 25 users.
@@ -31,13 +32,14 @@ func TestMetricsMatchRequests(t *testing.T) {
 	s, proxy := startBehindProxy(t)
 	m := s.metrics(t)
 	c, open, queries := m.Cassandra, m.Connections.Open, m.Queries
-	check(t, c.Connected && c.Session == 1 && open >= 2 && m.Connections.Opened >= open && m.Memory >= 1<<20, "metrics = %+v", m)
+	check(t, c.Connected && c.Session == 1 && c.Hosts == 1 && open >= 2 && m.Connections.Opened >= open && m.Memory >= 1<<20, "metrics = %+v", m)
 	s.doOneOfEach(t)
 	proxy.credit.Store(0)
 	conn := s.dial(t, rawGet(missingUser), 0)
 	s.awaitInFlight(t, 1)
 	conn.Close()
 	want(t, s.do("GET "+missingUser, "", "X-Request-Timeout: 0.2"), 504)
+	await(t, 10*time.Second, "silent", func() bool { return s.metrics(t).Cassandra.Silent == 1 })
 	s.awaitInFlight(t, 0)
 	m = s.metrics(t)
 	check(t, m.Queries == queries+17 && m.Errors == 1 && m.Rows == 25, "metrics = %+v, want %d queries, 1 error, 25 rows", m, queries+17)
@@ -52,5 +54,6 @@ func TestMetricsMatchRequests(t *testing.T) {
 	r := s.do("GET /metrics", "", "Accept: application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.3,*/*;q=0.1")
 	want(t, r, 200, fmt.Sprint("\ncassandra_queries_total ", m.Queries), "\ncassandra_query_errors_total 1\n", "\nrows_streamed_total 25\n",
 		`http_requests_total{route="POST /users",status="201"} 3`, `http_request_duration_seconds_count{route="POST /users"} 4`,
-		fmt.Sprint("\ncassandra_connections_open ", m.Connections.Open))
+		fmt.Sprint("\ncassandra_connections_open ", m.Connections.Open), fmt.Sprint("\ncassandra_connected ",
+			map[bool]int{true: 1}[m.Cassandra.Connected]), `http_request_duration_seconds_bucket{route="POST /users",le="+Inf"} 4`)
 }

@@ -19,15 +19,6 @@ import (
 	"time"
 )
 
-func TestTestsWithoutCassandra(t *testing.T) {
-	t.Parallel()
-	cmd, began := exec.Command(os.Args[0], "-test.run=^$"), time.Now()
-	cmd.Env = append(os.Environ(), cassandraAt(closedAddress())...)
-	out, err := cmd.CombinedOutput()
-	named := strings.Contains(string(out), "go run ./cassandra go test ./...")
-	check(t, err != nil && named && time.Since(began) < 15*time.Second, "%v after %s: %s", err, time.Since(began), out)
-}
-
 func TestStartWithoutCassandra(t *testing.T) {
 	t.Parallel()
 	addr, began := closedAddress(), time.Now()
@@ -43,8 +34,7 @@ func TestStartWithoutCassandra(t *testing.T) {
 	check(t, n == 1 && lines <= 4, "%d lines of the outage, want one per 10 s and none per request:\n%s", n, s.log())
 	startProxy(t, addr, cassandraAddress())
 	s.awaitHealthy(t, 15*time.Second)
-	r := s.do("GET /users", "")
-	check(t, want(t, r, 200) && r.body == "[]\n", "%s; want no users", r)
+	want(t, s.do("GET /users", ""), 200, "[]\n")
 }
 
 var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
@@ -406,10 +396,8 @@ func TestFarNode(t *testing.T) {
 		for _, isFarFirst := range []bool{true, false} {
 			p := startProxy(t, anyPort, cassandraAddress())
 			p.delay.Store(map[bool]int64{true: int64(roundTrip / 2)}[isFarFirst])
-			s, began := start(t, append(cassandraAt(p.addr), keyspace)...), time.Now()
+			s := start(t, append(cassandraAt(p.addr), keyspace)...)
 			s.awaitHealthy(t, 3*20*roundTrip)
-			trips := time.Since(began).Seconds() / roundTrip.Seconds()
-			t.Logf("round trip %s, far from the start: %t: healthy after %.1f round trips", roundTrip, isFarFirst, trips)
 			p.delay.Store(int64(roundTrip / 2))
 			time.Sleep(10 * time.Second) // of pings
 			before := s.metrics(t).Queries
@@ -434,7 +422,6 @@ func TestNodeIsCutOff(t *testing.T) {
 			t.Skipf("network namespaces need root and iproute2: %v, %s", err, out)
 		}
 		check(t, err == nil, "%s", out)
-		t.Logf("%s", out)
 		return
 	}
 	s := startHealthy(t)
@@ -471,16 +458,14 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 	await(t, 3*time.Minute, "replaying the batchlog", func() bool {
 		return db.Query(`SELECT count(*) FROM system.batches`).Scan(&left) == nil && left == 0
 	})
-	written, outcomes := map[string]int{}, map[string]int{}
+	written := map[string]int{}
 	for _, u := range decode[[]user](t, s.do("GET /users/stream", ""), 200) {
 		written[u.Name]++
 	}
 	for name, status := range statuses.Range {
 		n := written[name.(string)]
-		outcomes[fmt.Sprintf("%d with %d users", status, n)]++
 		check(t, n == 100 && status != 503 || n == 0 && status != 201, "batch %s, status %d: %d users", name, status, n)
 	}
-	t.Logf("outcomes: %v", outcomes)
 }
 
 // Edits that end with 504 while a node hangs, or after it was killed, may be applied later, by the next transaction on the

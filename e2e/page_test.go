@@ -61,7 +61,6 @@ func startBrowser(t *testing.T) *browser {
 	return b
 }
 
-// call sends a command and returns its result.
 func (b *browser) call(method string, params object) object {
 	b.t.Helper()
 	b.calls++
@@ -127,7 +126,6 @@ func TestPage(t *testing.T) {
 	s, proxy := startBehindProxy(t)
 	seed(t, admin, s.keyspace, 10_000)
 	b.open(s)
-
 	b.click("#create")
 	b.awaitText("#postUser output", "^201 Created$")
 	b.click("#getUser [type=submit]") // the new id is in its form
@@ -135,18 +133,15 @@ func TestPage(t *testing.T) {
 	b.eval(`document.querySelector('#postUser textarea').value = '{"name":"Ada","email":"ada@example.com","age":151}'`)
 	b.click("#postUser [type=submit]")
 	b.awaitText("#postUser textarea[aria-invalid=true] ~ .fault", "^/age must be a whole number from 0 to 150$")
-
 	b.click("#stream") // ten thousand pages
 	b.awaitText("#streamUsers .counter", "[1-9][0-9]+ rows .* rows/s")
 	b.click("#halt")
 	b.awaitText("#streamUsers output", "^Stopped by you after [0-9,]+ rows$")
 	await(t, 10*time.Second, "ending the stream", func() bool { return s.metrics(t).Streams == 0 })
-
 	b.watchOutage(func() { proxy.credit.Store(0) }, proxy.cut)
 	t.Run("accessibility", b.wantAccessible)
 	silent := b.eval("stateOf({ cassandra: { connected: true, hosts: 3, hosts_silent: 1 } })[1]")
 	check(t, silent == "Connected to Cassandra (silent hosts: 1 of 3)", "state of a silent host: %v", silent)
-
 	active := s.slowQuery(t)
 	s.Process.Signal(syscall.SIGTERM)
 	b.awaitText("#state.warn", "^Draining: active requests finish, new ones get 503$")

@@ -267,10 +267,10 @@ type metrics struct {
 	InFlight    int                                `json:"requests_in_flight"`
 	ByRoute     map[string]map[string]int64        `json:"requests_by_route"`
 	Cassandra   struct {
-		Connected bool
-		Session   int
-		Hosts     int
-		ClockSkew float64 `json:"clock_skew_ms"`
+		Connected      bool
+		Session, Hosts int
+		Silent         int     `json:"hosts_silent"`
+		ClockSkew      float64 `json:"clock_skew_ms"`
 	}
 	Streams    int   `json:"streams_active"`
 	Rows       int64 `json:"rows_streamed"`
@@ -305,8 +305,7 @@ func (s *service) wantMemory(t testing.TB, megabytes int) {
 	t.Logf("at most %d MB resident", kilobytes>>10)
 }
 
-// dial sends a raw request and reads n bytes of the response. A small buffer leaves the rest to the service. Linux doubles
-// it, and may not reopen the window before all of it has been read.
+// dial sends a raw request and reads n bytes of the response. The buffer is so small that any later read of 240 kB empties it.
 func (s *service) dial(t testing.TB, request string, n int64) net.Conn {
 	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
 	must(t, err)
@@ -371,7 +370,6 @@ func connect(addr string) (*gocql.Session, error) {
 // newKeyspace names a keyspace that is dropped after all tests.
 func newKeyspace() string { return fmt.Sprintf("e2e_%d_%d", os.Getpid(), keyspaces.Add(1)) }
 
-// userID is the id of the i-th seeded user.
 func userID(i int) gocql.UUID { return gocql.UUID(uuid.NewSHA1(uuid.Nil, fmt.Append(nil, i))) }
 
 // seeded is the i-th seeded user. Its name is its number in 100 digits: a thousand users are a quarter of a megabyte.
