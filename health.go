@@ -33,7 +33,7 @@ const (
 	pingInterval   = time.Second                 // also while idle, when no request would notice an outage
 	pingTimeout    = 3 * time.Second             // three times the slowest round trip that is expected
 	deadAfter      = 3 * time.Second             // without a successful ping: open another session
-	retryInterval  = time.Second                 // between attempts to connect, to succeed within 5 s
+	retryInterval  = time.Second                 // between attempts, so one succeeds within 5 s of Cassandra's return
 	dialTimeout    = 2 * time.Second             // for a TCP connection
 	connectTimeout = 4 * time.Second             // for each response while a connection starts
 	sessionTimeout = 30 * time.Second            // to create a session, which takes about 15 round trips
@@ -43,8 +43,8 @@ const (
 	maxSkew        = 5 * time.Second             // between the clocks of service and node before it is logged
 	maxPending     = 1 << 20                     // bytes of requests on one connection that are not sent yet
 	maxSilence     = time.Second                 // of a host, before queries prefer other hosts
-	backAfter      = 3 * time.Second             // without silence, a host is back
-	hostInterval   = time.Second / 10            // between looks at the hosts
+	backAfter      = 3 * time.Second             // without silence, until a host counts as back
+	hostInterval   = time.Second / 10            // between checks of the hosts
 	hedgeDelay     = maxSilence + 2*hostInterval // then a silent host counts as lagging
 
 	selectKeyspace = `SELECT keyspace_name FROM system_schema.keyspaces WHERE keyspace_name = ?`
@@ -53,7 +53,7 @@ const (
 	selectNow      = `SELECT toUnixTimestamp(now()) FROM system.local WHERE key = 'local'`
 )
 
-// createTables are the statements that create the tables by name; %s is the keyspace.
+// createTables maps each table's name to the statement that creates it; %s is the keyspace.
 var createTables = map[string]string{
 	"users":            createUsersTable,
 	"idempotency_keys": createKeysTable,
@@ -213,7 +213,7 @@ func (c cluster) config(dialer *countingDialer) *gocql.ClusterConfig {
 	cfg.ProtoVersion = 4                    // 5 fails with this driver, 0 costs a connection to find out
 	cfg.NumConns = 1                        // reads are 10 to 27 % faster than over two, creates no slower
 	cfg.WriteCoalesceWaitTime = 0           // the default of 200 µs costs a lone query over a millisecond
-	cfg.ReconnectInterval = time.Second     // the default of a minute would be the length of an outage
+	cfg.ReconnectInterval = time.Second     // the default of a minute would prolong every outage
 	cfg.Events.DisableSchemaEvents = true   // nothing reads the driver's schema metadata
 	cfg.Logger = log.New(io.Discard, "", 0) // errors are logged where they are handled
 	cfg.ReconnectionPolicy = &gocql.ConstantReconnectionPolicy{MaxRetries: 1, Interval: 200 * time.Millisecond}
@@ -263,8 +263,8 @@ func (p policy) Pick(query gocql.ExecutableQuery) gocql.NextHost {
 }
 
 // hedge runs a query. It repeats a query once, on another host, if the first host refused it without writing anything.
-// It also repeats a repeatable query if the first host is slow or does not complete it.
-func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Context) (T, error)) (T, error) {
+// It also repeats an idempotent query if the first host is slow or does not complete it.
+func hedge[T any](ctx context.Context, isIdempotent bool, query func(context.Context) (T, error)) (T, error) {
 	dialer := &counters.connections
 	if dialer.hosts.Load() < 2 {
 		return query(ctx)
@@ -273,7 +273,7 @@ func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Con
 	first, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer time.AfterFunc(hedgeDelay, func() {
-		for ; isRepeatable && first.Err() == nil; sleep(first, hostInterval) {
+		for ; isIdempotent && first.Err() == nil; sleep(first, hostInterval) {
 			if dialer.lagging.Load() {
 				if _, err := again(); outcomeOf(err) <= late { // else the first attempt may still succeed
 					cancel()
@@ -283,7 +283,7 @@ func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Con
 	}).Stop()
 	value, err := query(first)
 	isIncomplete := err != nil && first.Err() != nil || outcomeOf(err) > late && !isTooWide(err)
-	if ctx.Err() == nil && (isUnavailable(err) || isRepeatable && isIncomplete) {
+	if ctx.Err() == nil && (isUnavailable(err) || isIdempotent && isIncomplete) {
 		if other, errAgain := again(); outcomeOf(errAgain) <= late || isUnavailable(err) {
 			return other, errAgain
 		}
@@ -291,7 +291,7 @@ func hedge[T any](ctx context.Context, isRepeatable bool, query func(context.Con
 	return value, err
 }
 
-// createSession is gocql's CreateSession, which may panic or hang, with a deadline.
+// createSession calls gocql's CreateSession, which may panic or hang, and adds a deadline.
 func createSession(ctx context.Context, cfg *gocql.ClusterConfig) (*gocql.Session, error) {
 	ctx, cancel := context.WithTimeout(ctx, sessionTimeout)
 	defer cancel()
@@ -359,7 +359,7 @@ type conn struct {
 	host    *host
 	wake    chan struct{} // closed by Close
 	mu      sync.Mutex
-	sent    sync.Cond // something was sent, or the connection is closed
+	sent    sync.Cond // pending was taken to be sent, or the connection is closed
 	pending []byte    // accepted, but not sent
 	closed  bool
 }
@@ -530,7 +530,7 @@ func loadCluster(env *environment) cluster {
 			"host names or addresses without ports, separated by commas", parseHosts),
 		port: setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumber(1, 65535)),
 		keyspace: setting(env, "CASSANDRA_KEYSPACE", "test_keyspace",
-			"1 to 48 letters, digits or underscores, and not one of Cassandra's own", parseKeyspace),
+			"1 to 48 letters, digits or underscores, and not beginning with system", parseKeyspace),
 		datacenter: setting(env, "CASSANDRA_DATACENTER", "",
 			"the name of a data centre: letters, digits, dots, dashes or underscores", matching(`^[\w.-]*$`)),
 		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", // with less, a read could miss a write
@@ -574,7 +574,7 @@ func parseHosts(text string) ([]string, bool) {
 	return hosts, !slices.ContainsFunc(hosts, func(h string) bool { return !name.MatchString(h) && net.ParseIP(h) == nil })
 }
 
-// parseKeyspace refuses Cassandra's own names, which all begin with "system", in any case.
+// parseKeyspace rejects names that begin with "system" in upper or lower case, as all of Cassandra's own names do.
 func parseKeyspace(text string) (string, bool) {
 	return text, regexp.MustCompile(`^\w{1,48}$`).MatchString(text) && !strings.HasPrefix(strings.ToLower(text), "system")
 }

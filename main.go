@@ -3,10 +3,10 @@
 // and reconnects to Cassandra on its own, and drains before it exits.
 //
 // loadSettings lists the environment variables that configure it. SIGTERM, SIGINT, SIGHUP and POST /shutdown start a
-// drain: /health returns 503 "draining", other new requests are refused, and active requests get their response. A
-// second signal exits immediately.
+// drain: /health returns 503 "draining", / and /metrics still respond, other new requests get 503, and active requests
+// get their response. A second signal exits immediately.
 //
-// This file holds the life of the process, the route table, the middleware, and the mapping from errors to responses.
+// This file holds the process lifecycle, the route table, the middleware, and the mapping from errors to responses.
 package main
 
 import (
@@ -146,7 +146,7 @@ func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), abortTimeout)
 	defer cancel()
-	server.Shutdown(ctx) // a write that its client does not read ends with the process
+	server.Shutdown(ctx) // a write to a client that has stopped reading ends with the process
 	slog.Info("stopped", "after", time.Since(start).Round(time.Millisecond))
 }
 
@@ -433,7 +433,7 @@ func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
 		return nil
 	}
 	w.SetReadDeadline(deadline)  // a context does not unblock Read
-	w.SetWriteDeadline(deadline) // of 100 Continue, since that of the connection's previous request may have passed
+	w.SetWriteDeadline(deadline) // for 100 Continue: the previous request's write deadline may have passed
 	if strings.HasPrefix(r.Method, "P") {
 		body.Grow(int(min(max(r.ContentLength, 0), maxBody)) + bytes.MinRead)
 		sink = body
@@ -447,7 +447,7 @@ func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return refuse(http.StatusRequestTimeout, "The body did not arrive in time")
 	case err != nil:
-		return invalid(inBody("", "ended before Content-Length"))
+		return invalid(inBody("", "did not arrive completely"))
 	}
 	return nil
 }
@@ -455,7 +455,7 @@ func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
 // gate limits how many requests are inside it.
 type gate chan struct{}
 
-// queue makes requests beyond the limit wait within their deadline.
+// queue makes requests beyond the limit wait, at most until their deadline.
 func (g gate) queue(h handler) handler {
 	return func(w http.ResponseWriter, r *http.Request) error {
 		if err := g.wait(r.Context()); err != nil {
@@ -520,7 +520,7 @@ func (w *recorder) Write(p []byte) (written int, err error) {
 	return written, nil
 }
 
-// FlushError is what ResponseController.Flush calls. It has its own deadline, too: the last Write may have taken long.
+// FlushError implements ResponseController.Flush. It sets a new deadline, since the last Write may have taken long.
 func (w *recorder) FlushError() error {
 	w.SetWriteDeadline(time.Now().Add(writeTimeout))
 	return w.Flush()

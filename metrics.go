@@ -25,7 +25,7 @@ import (
 	"github.com/gocql/gocql"
 )
 
-const rateWindow = time.Minute // that queries_per_second covers
+const rateWindow = time.Minute // averaging window of queries_per_second
 
 // bounds are the histograms' upper bounds in seconds: a point read takes about one millisecond, a page at most 12 s.
 var bounds = [...]float64{.0001, .0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 60}
@@ -37,7 +37,7 @@ var counters = struct {
 	active       atomic.Int64   // those that a drain waits for
 	rowsStreamed atomic.Int64   // by GET /users/stream
 	queries      atomic.Int64   // sent to Cassandra
-	queryErrors  atomic.Int64   // of those
+	queryErrors  atomic.Int64   // failed queries
 	lastResponse atomic.Int64   // of Cassandra to a query, in nanoseconds since started
 	skew         atomic.Int64   // nanoseconds from this clock to the node's
 	connected    atomic.Bool    // result of the last ping
@@ -127,7 +127,7 @@ func (d *countingDialer) observe(node *gocql.HostInfo, took time.Duration, err e
 type host struct {
 	open    atomic.Int64 // connections
 	waiting atomic.Int64 // time of the first request since it last sent a byte; 0 if there is none
-	ill     atomic.Int64 // time of its last slow or refused query, or of one that lags allowed since; 0 if it is well
+	ill     atomic.Int64 // time of its last slow or refused query, or last trial allowed by lags; 0 if it is well
 }
 
 func (h *host) isSilent() bool {
@@ -238,7 +238,7 @@ func metrics() []metric {
 	return []metric{
 		{"total_queries", "cassandra_queries_total", "counter", "Queries, pages and retries sent.", c.queries.Load()},
 		{"errors_count", "cassandra_query_errors_total", "counter", "Queries that failed.", c.queryErrors.Load()},
-		{"queries_per_second", "cassandra_queries_per_second", "gauge", "Mean of the last 60 s.", rate},
+		{"queries_per_second", "cassandra_queries_per_second", "gauge", "Mean rate over the last 60 s.", rate},
 		{"active_connections", "cassandra_connections_open", "gauge", "Open connections.", dialer.open.Load()},
 		{"cassandra_connections.opened", "cassandra_connections_opened_total", "counter", "Connections opened.", opened},
 		{"cassandra_connections.failed", "cassandra_connections_failed_total", "counter", "Failed dials.", failed},

@@ -1,5 +1,5 @@
-// This file holds the self-tests. A failed query, a failed or cancelled stream, or a nested session never harms the
-// global session, and slow requests end at their deadline. It also measures concurrent reads.
+// This file holds the self-tests, which show that a failed query, a failed or cancelled stream, or a nested session
+// never harms the global session. It also holds the slow requests and the measurement of concurrent reads.
 
 package main
 
@@ -156,7 +156,7 @@ func observeSession() sessionState {
 // unchangedSince reports whether it is still the same open session.
 func (s sessionState) unchangedSince(before sessionState) bool { return s.open && s == before }
 
-var errNoRefusal = errors.New("the table non_existent_table_xyz exists")
+var errNoRefusal = errors.New("the query on non_existent_table_xyz was not refused as invalid")
 
 // testQueryError handles POST /context_manager_safety/query_error: a query on a missing table, then a valid one.
 func testQueryError(w http.ResponseWriter, r *http.Request) error {

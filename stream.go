@@ -30,7 +30,7 @@ const (
 	maxStreams    = 64      // streams and pages that are being sent
 	maxPages      = 4       // of one stream in memory: three are read while one is sent; more are no faster
 	defaultFetch  = 1000    // rows in a Cassandra page, where throughput has nearly levelled off
-	maxFetch      = 5000    // rows; as JSON a page of the longest users then has 4 MB
+	maxFetch      = 5000    // rows; as JSON a page of the longest users is then 4 MB
 	maxAhead      = 1 << 20 // bytes of JSON in a page that is read ahead
 	minCount      = 100     // rows from which the density of a table is estimated
 	filterRows    = 100_000 // rows examined by one filtered query: 0.2 s, while a node's timeout is 5 s
@@ -139,7 +139,7 @@ type page struct {
 	rows int
 }
 
-// array returns the rows separated by commas, which it writes over the newlines. JSON text has no other ones.
+// array returns the rows separated by commas, which it writes over the newlines. The rows contain no other newlines.
 func (p page) array() []byte {
 	for line := range bytes.Lines(p.json) {
 		line[len(line)-1] = ','
@@ -233,7 +233,7 @@ func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 	defer cancel()
 	for failed := err; failed == nil && s.more() && all.rows < size && time.Since(start) < budget; {
 		var p page
-		p, failed = s.next(ctx, size-all.rows) // not returned: if it lasts, the client's next request fails
+		p, failed = s.next(ctx, size-all.rows) // failed is not returned: if it persists, the next request returns it
 		all.json, all.rows = append(all.json, p.json...), all.rows+p.rows
 	}
 	return all, err
@@ -319,7 +319,7 @@ func (s *scan) setWidth(from int64, rows, wanted int) {
 	}
 }
 
-// token returns the scan's position as URL-safe text for every instance. The checksum covers keyspace and table, too.
+// token encodes the scan's position as URL-safe text, valid on every instance. The checksum covers keyspace and table.
 func (s *scan) token(kind string) string {
 	position := fmt.Sprintf("%s.%d.%d.%d.%d", kind, s.minAge, s.left, s.from, s.width)
 	sum := crc32.ChecksumIEEE([]byte(position + "." + global.cluster.keyspace + "." + s.name))

@@ -263,7 +263,7 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 }
 
 // readUser returns a user or errNoUser. A linearizable read first settles a proposed transaction that was left
-// unfinished, so that can't change its result later. One that a slow node has not proposed yet still can.
+// unfinished: it can't change the user after that read. One that a slow node has not proposed yet still can.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
 	return hedge(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])
@@ -374,7 +374,7 @@ func (t *table) list(w http.ResponseWriter, r *http.Request) error {
 }
 
 // recordKey records the ids and time of new rows under an idempotency key. If the key exists, it copies the recorded
-// ones to the rows, or returns errKeyReused if that request was a different one.
+// ids and time to the rows, or returns errKeyReused if the key was used for a different request.
 func recordKey(ctx context.Context, key string, kind queryKind, sent []byte, rows []*record) (replay bool, err error) {
 	lock := lockOf(key)
 	if err := lock.wait(ctx); err != nil {
@@ -525,12 +525,12 @@ func members(value json.RawMessage) iter.Seq2[string, json.RawMessage] {
 	}
 }
 
-// readText reads a JSON string without U+FFFD, which encoding/json puts in place of invalid UTF-8 and lone surrogates.
+// readText reads a JSON string and rejects U+FFFD, which encoding/json uses for invalid UTF-8 and lone surrogates.
 func readText(value json.RawMessage, to *string) bool {
 	return value[0] == '"' && json.Unmarshal(value, to) == nil && !strings.ContainsRune(*to, utf8.RuneError)
 }
 
-// readInteger reads a JSON number without a fraction: 30, 30.0 and 3e1.
+// readInteger reads a JSON number with an integer value, such as 30, 30.0 or 3e1.
 func readInteger(value json.RawMessage, to *int) bool {
 	var n float64
 	ok := value[0] != 'n' && json.Unmarshal(value, &n) == nil && n == math.Trunc(n) && math.Abs(n) <= math.MaxInt32

@@ -2,9 +2,9 @@
 //
 //	go run ./cassandra [flags] [COMMAND …]
 //
-// Without flags it uses a running Cassandra: the one in CASSANDRA_HOSTS, or one that accepts CQL on localhost:9042.
-// Otherwise it starts a private Cassandra 5.0, which needs Java 17 or 21 and Maven. As root on Debian or Ubuntu it
-// installs these if missing. Without COMMAND, the private Cassandra runs until Ctrl-C.
+// Without flags it uses the Cassandra in CASSANDRA_HOSTS, or one that accepts CQL on localhost:9042. If there is
+// neither, or with any flag, it starts a private Cassandra 5.0, which needs Java 17 or 21 and Maven. As root on Debian
+// or Ubuntu it installs these if missing. Without COMMAND, the private Cassandra runs until Ctrl-C.
 //
 // COMMAND finds Cassandra through CASSANDRA_HOSTS and CASSANDRA_PORT. A private Cassandra also sets
 // CASSANDRA_REPLICATION, and with -auth CASSANDRA_USERNAME and CASSANDRA_PASSWORD. MAX_HEAP_SIZE is the heap of a node
@@ -61,7 +61,7 @@ const installHelp = `A private Cassandra needs Java 17 or 21, and Maven to downl
 Or start Cassandra in Docker, then run the launcher again without flags:
   docker run -d -p 9042:9042 cassandra:5`
 
-// javaFolders is a PATH of patterns. The java in PATH itself is often another version.
+// javaFolders is a PATH-style list of glob patterns. The java in PATH itself is often another version.
 const javaFolders = "$JAVA_HOME/bin:$PATH:/usr/lib/jvm/*/bin:/Library/Java/JavaVirtualMachines/*/Contents/Home/bin:" +
 	"/opt/homebrew/opt/openjdk@*/bin:/usr/local/opt/openjdk@*/bin:$HOME/.sdkman/candidates/java/*/bin"
 
@@ -152,8 +152,8 @@ func (l *launcher) parse(args []string) error {
 	fs.BoolVar(&l.periodic, "periodic", false, "acknowledge writes before they are on disk, for benchmarks")
 	fs.Usage = func() {
 		fmt.Fprintln(fs.Output(), "usage: go run ./cassandra [flags] [COMMAND …]\n\n"+
-			"Runs COMMAND against a Cassandra that is already running, in CASSANDRA_HOSTS or on localhost:9042.\n"+
-			"If there is none, or with any flag, it starts a private one, which stops with COMMAND or on Ctrl-C.")
+			"Runs COMMAND against the Cassandra in CASSANDRA_HOSTS, or one that is running on localhost:9042. If there\n"+
+			"is neither, or with any flag, it starts a private one, which stops with COMMAND or on Ctrl-C.")
 		fs.PrintDefaults()
 	}
 	fs.Parse(args)
@@ -192,7 +192,7 @@ func (l *launcher) watchParent(parent int) {
 	l.signals <- syscall.SIGKILL
 }
 
-// useExisting reports whether a Cassandra is running, and sets COMMAND's environment for it.
+// useExisting reports whether to use an existing Cassandra, and sets COMMAND's environment for it.
 func useExisting() bool {
 	if hosts := os.Getenv("CASSANDRA_HOSTS"); hosts != "" {
 		say("using the existing Cassandra at %s (CASSANDRA_HOSTS)", hosts)

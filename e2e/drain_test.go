@@ -85,7 +85,7 @@ func TestShutdownTimeoutAbortsStreams(t *testing.T) {
 	conn := s.dial(t, rawGet("/users/stream?fetch_size=200"), 1000)
 	began := time.Now()
 	s.Process.Signal(syscall.SIGTERM)
-	s.wantExit(t, 0, 6*time.Second) // a write that its client does not read would last 30 s
+	s.wantExit(t, 0, 6*time.Second) // a write to a client that has stopped reading would last 30 s
 	check(t, time.Since(began) >= time.Second, "aborted after %s, want at least 1s", time.Since(began))
 	want(t, <-active, 503, "The service is shutting down")
 	rest, _ := io.ReadAll(conn)

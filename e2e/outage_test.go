@@ -282,7 +282,7 @@ func TestCredentialsAreChecked(t *testing.T) {
 	check(t, !strings.Contains(s.log(), "s3cret-typo"), "the log has the password")
 }
 
-// The only node is killed and stopped under load, and advertises its address or one that is reserved for documentation.
+// The only node is killed and later suspended under load, and advertises its address or one that is reserved for documentation.
 func TestOnlyNodeFails(t *testing.T) {
 	needsLong(t)
 	for _, flags := range [][]string{{"-restart", "2s"}, {"-restart", "2s", "-rpc-address", "203.0.113.7"}} {
@@ -347,7 +347,7 @@ func (s *service) wantShare(t *testing.T, host int, proxies [3]*proxy) {
 	check(t, share*10 > all, "3 s later %d of %d bytes pass host %d, want about a third", share, all, host)
 }
 
-// One of three nodes hangs or is killed, or its network swallows or delays everything. The others take over.
+// One of three nodes hangs or is killed, or its network stalls or delays everything. The others take over.
 func TestSilentHosts(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-nodes", "3", "-rpc-address", "127.0.0.11", "-restart", "1m")
@@ -372,7 +372,7 @@ func TestSilentHosts(t *testing.T) {
 	for _, f := range []hostFailure{
 		{"hangs", 1, 30 * time.Second, 1, stop("STOP", 1), stop("CONT", 1)},
 		{"hangs", 2, 20 * time.Second, 1, stop("STOP", 2), stop("CONT", 2)},
-		{"is swallowed", 0, 20 * time.Second, 1, pass(0, 0), pass(0, math.MaxInt64)},
+		{"is stalled", 0, 20 * time.Second, 1, pass(0, 0), pass(0, math.MaxInt64)},
 		{"is delayed", 1, 20 * time.Second, 1, delay(1, time.Second), delay(1, 0)},
 		{"is killed", 2, 20 * time.Second, 0, stop("KILL", 2), awaitRestart}, // its connections close
 	} {

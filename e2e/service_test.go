@@ -284,7 +284,7 @@ func (s *service) metrics(t testing.TB) metrics {
 
 // awaitInFlight waits until n requests are active besides the one that reads the metrics.
 func (s *service) awaitInFlight(t testing.TB, n int) {
-	await(t, 10*time.Second, fmt.Sprint("handling ", n), func() bool { return s.metrics(t).InFlight == n+1 })
+	await(t, 10*time.Second, fmt.Sprintf("handling %d requests", n), func() bool { return s.metrics(t).InFlight == n+1 })
 }
 
 // awaitQuiet waits until goroutines, connections and streams are back to the levels in m.
