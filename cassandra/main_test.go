@@ -212,7 +212,7 @@ func TestCtrlC(t *testing.T) {
 func TestDataIsLocked(t *testing.T) {
 	t.Parallel()
 	data := t.TempDir()
-	first, dir := fake(t, stopSlow, "", "-data", data, "-pid", data+"/pids")
+	first, dir := fake(t, "until [ -s "+data+"/pids ]; do sleep 0.1; done; "+stopSlow, "", "-data", data, "-pid", data+"/pids")
 	startUntil(first, dir+"/up")
 	second, _ := fake(t, "", "", "-data", data, "-pid", data+"/pids")
 	out, _ := second.CombinedOutput()
