@@ -1,5 +1,5 @@
-// This file manages the connection to Cassandra: the driver's settings, the one global session that every request uses,
-// how it is connected, watched and replaced, what a failed query means, and GET /health.
+// This file manages the connection to Cassandra: the driver's settings, the meaning of failed queries, and GET /health.
+// It opens, watches and replaces the one global session that every request uses.
 
 package main
 
@@ -196,7 +196,7 @@ func (c cluster) createMissing(ctx context.Context, s *gocql.Session, lookup str
 		if err := s.Query(fmt.Sprintf(statement, c.keyspace)).WithContext(ctx).Exec(); err != nil {
 			return fmt.Errorf("creating the schema: %w", err)
 		}
-		if err := s.AwaitSchemaAgreement(ctx); err != nil { // never comes while a node is down
+		if err := s.AwaitSchemaAgreement(ctx); err != nil { // never reached while a node is down
 			slog.Warn("no schema agreement between nodes; continuing", "error", err)
 		}
 	}
@@ -351,8 +351,8 @@ func (d *countingDialer) host(addr string) *host {
 
 // conn is a connection that coalesces writes. The driver makes a system call for each request, which limits its rate.
 // Here Write only appends to a buffer and wakes send, which sends everything that has arrived by then. No request waits
-// for a timer, and under load many share one call. An accepted request may have been sent, so if it fails, the write is
-// in doubt.
+// for a timer, and under load many share one call. An accepted request may have been sent, so the write is in doubt
+// if it fails.
 type conn struct {
 	net.Conn
 	dialer  *countingDialer
@@ -397,7 +397,7 @@ func (c *conn) Read(response []byte) (int, error) {
 func (c *conn) send() {
 	var requests []byte
 	for range c.wake {
-		runtime.Gosched() // lets requests that are about to be written join this one
+		runtime.Gosched() // so that requests about to be written join this call
 		c.mu.Lock()
 		c.pending, requests = requests[:0], c.pending // two buffers take turns
 		c.sent.Broadcast()
@@ -464,7 +464,7 @@ const (
 	inDoubt                   // the write may or may not have been applied, now or later
 )
 
-// outcomeOf classifies an error. Anything that is neither a response of Cassandra, nor a wrong value, nor the end of
+// outcomeOf classifies an error. Anything that is neither a response from Cassandra, nor a wrong value, nor the end of
 // a context, is a failed connection. Overloaded can also come after a batch was logged or a transaction proposed
 // (mutateAtomically and commitPaxos in Cassandra's StorageProxy).
 func outcomeOf(err error) outcome {

@@ -60,7 +60,7 @@ func runTests(m *testing.M) (err error) {
 	unbound.Keyspace = ""
 	admin, err := createSession(context.Background(), unbound)
 	if err != nil {
-		return fmt.Errorf("%w\nThe tests need Cassandra; this command starts one and runs them: go run ./cassandra go test ./...", err)
+		return fmt.Errorf("%w\nThe tests need Cassandra; this command starts it and runs them: go run ./cassandra go test -p 1 ./...", err)
 	}
 	defer admin.Close()
 	disconnect := keepConnected(config.cluster)
@@ -252,7 +252,7 @@ func wantHeader(t testing.TB, r response, name, value string) {
 	wantEqual(t, r.request+": "+name, r.header.Get(name), value)
 }
 
-// wantProblem checks a complete problem response; errs are the JSON of its errors. Retry-After comes with a 503 and no other.
+// wantProblem checks a complete problem response; errs are the JSON of its errors. Only a 503 has Retry-After.
 func wantProblem(t testing.TB, r response, status int, detail string, errs ...string) {
 	t.Helper()
 	members := ""
@@ -767,7 +767,7 @@ func TestHealth(t *testing.T) {
 
 const notAvailable = "Cassandra is not available; try again in a moment"
 
-// fault is an error response of Cassandra, by its code.
+// fault is an error response from Cassandra, by its code.
 type fault int
 
 func (f fault) Code() int       { return int(f) }
@@ -1292,10 +1292,10 @@ func TestIdempotencyKey(t *testing.T) {
 	}
 	wantInvalid(t, do(t, "POST /users", userWithAge("37"), key), reused)
 	wantInvalid(t, do(t, "POST /users/batch", "["+adaBody+"]", key), reused)
-	wantBody(t, do(t, "GET "+path, ""), 200, patched.body) // a repeat undoes no change,
+	wantBody(t, do(t, "GET "+path, ""), 200, patched.body) // a repeat does not undo a change
 	wantStatus(t, do(t, "DELETE "+path, ""), 204)
 	wantBody(t, do(t, "POST /users", adaBody, key), 201, first.body)
-	wantStatus(t, do(t, "GET "+path, ""), 404) // and no deletion
+	wantStatus(t, do(t, "GET "+path, ""), 404) // a repeat does not undo a deletion
 	key = "Idempotency-Key: " + uuid.NewString()
 	first = do(t, "POST /users/batch", batchOf(50, shortTexts), key)
 	wantBody(t, do(t, "POST /users/batch", batchOf(50, shortTexts), key), 201, first.body)
@@ -1340,7 +1340,7 @@ func TestRequestsPastTheirDeadline(t *testing.T) {
 			r := do(t, strings.Replace(request, "PATH", path, 1), body, "X-Request-Timeout: 0.000000001", header)
 			wantEqual(t, request+" has a Location", isPath.MatchString(r.header.Get("Location")), request == "POST /users")
 			r.header.Del("Location")
-			if wantStatus(t, r, 504); !strings.HasPrefix(header, "Idem") { // with a key the end may come before any write
+			if wantStatus(t, r, 504); !strings.HasPrefix(header, "Idem") { // with a key the deadline may pass before any write
 				wantProblem(t, r, 504, detail)
 			}
 		}
@@ -1466,7 +1466,7 @@ func TestGoodParameters(t *testing.T) {
 
 var fillOnce sync.Once
 
-// storedUsers reads all users by the driver alone, in the order of their tokens: over 6000, at least 60 of each age from 0 to 99.
+// storedUsers reads all users with the driver alone, in token order. There are over 6000, at least 60 of each age from 0 to 99.
 func storedUsers(t testing.TB) (users []*user) {
 	t.Helper()
 	fillOnce.Do(func() { fillUsers(t, 6000) })
@@ -1673,7 +1673,7 @@ func TestPagesEndInTime(t *testing.T) {
 	failIf(t, time.Since(start) > 1900*time.Millisecond, "a page took %s of 2 s", time.Since(start))
 }
 
-// idsByToken are three ids for each token. Murmur3 hashes the last one to -2^63, for which Cassandra takes 2^63-1.
+// idsByToken has three ids for each token. Murmur3 hashes the last id to -2^63, which Cassandra replaces with 2^63-1.
 var idsByToken = map[int64]string{
 	math.MinInt64 + 1: "cb4551b2-b9fb-9613-7cd2-96af69805086 c858a7a9-78e6-16af-9737-b6b642a52aaa 0e030456-13ed-3dbb-3195-59d04bffc4a6",
 	0:                 "c5a81096-2f4d-5e41-5b82-8312802740cc 247cd111-b473-d61c-df65-c049ccd2cad0 67d6fcf0-c72e-707d-7271-aa71eadefe56",
@@ -1784,7 +1784,7 @@ func TestVerdicts(t *testing.T) {
 		"good: streams as they should be":           independent(func([]ageStream) {}),
 		"bad: foreign row":                          independent(func(s []ageStream) { s[1].Users[9].Age = 20 }),
 		"bad: missing row":                          independent(func(s []ageStream) { s[2].Users = s[2].Users[:9] }),
-		"bad: row too many":                         independent(func(s []ageStream) { s[0].Users = append(s[0].Users, s[0].Users[0]) }),
+		"bad: extra row":                            independent(func(s []ageStream) { s[0].Users = append(s[0].Users, s[0].Users[0]) }),
 		"bad: a stream ended before the last began": independent(func(s []ageStream) { s[0].ended = start.Add(time.Second) }),
 		"bad: a stream never began":                 independent(func(s []ageStream) { s[1] = ageStream{Age: 30} }),
 		"good: same session":                        open.unchangedSince(open),
@@ -1795,7 +1795,7 @@ func TestVerdicts(t *testing.T) {
 		"good: cancelled midway":                    wasCancelled(queryErrorf(read, context.Canceled, "reading"), 5, 50),
 		"bad: not cancelled":                        wasCancelled(nil, 5, 50),
 		"bad: cancelled at its end":                 wasCancelled(context.Canceled, 50, 50),
-		"bad: failed otherwise":                     wasCancelled(gocql.ErrNoConnections, 5, 50),
+		"bad: failed for another reason":            wasCancelled(gocql.ErrNoConnections, 5, 50),
 	} {
 		wantEqual(t, verdict, got, strings.HasPrefix(verdict, "good"))
 	}
@@ -1914,7 +1914,7 @@ func FuzzPageToken(f *testing.F) {
 	})
 }
 
-// FuzzRequest sends anything. No response is an internal error.
+// FuzzRequest sends arbitrary requests. None may cause an internal error.
 func FuzzRequest(f *testing.F) {
 	path := createPath(f)
 	for target := range strings.FieldsSeq(strings.Join(slices.Collect(maps.Keys(allowedMethods())), " ") +
@@ -2076,7 +2076,7 @@ func (db bare) sends(b *testing.B, name, url, request, body string, rows int, he
 	}}
 }
 
-// BenchmarkService compares the bare driver, the service in process and over HTTP, and a naive handler. The last ones add users.
+// BenchmarkService compares the bare driver, the service in process and over HTTP, and a naive handler. Creates run last: they add users.
 func BenchmarkService(b *testing.B) {
 	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
 	const users = 200_000

@@ -1,5 +1,5 @@
-// This file counts what the service does and shows it at GET /metrics, as JSON and in Prometheus' text format, in the
-// manner of expvar: atomic counters that the middleware and the driver's observers fill. It never touches Cassandra.
+// This file counts requests and queries and shows the figures at GET /metrics, as JSON and in Prometheus' text format.
+// The middleware and the driver's observers fill atomic counters, as in expvar. It never touches Cassandra.
 
 package main
 
@@ -58,14 +58,14 @@ func (observer) ObserveBatch(_ context.Context, b gocql.ObservedBatch) {
 	countQuery(b.Start, b.End, b.Host, b.Err)
 }
 
-// pingObserver notes how hosts respond, and counts nothing.
+// pingObserver records how hosts respond, and counts nothing.
 type pingObserver struct{}
 
 func (pingObserver) ObserveQuery(_ context.Context, q gocql.ObservedQuery) {
 	counters.connections.observe(q.Host, q.End.Sub(q.Start), q.Err)
 }
 
-// countQuery counts a query. A client that disconnected is not a failure.
+// countQuery counts a query. A cancelled query, as after a disconnect or a faster second attempt, is not a failure.
 func countQuery(start, end time.Time, node *gocql.HostInfo, err error) {
 	counters.queries.Add(1)
 	counters.queryTimes.observe(end.Sub(start))
@@ -89,7 +89,7 @@ func recordSkew(skew time.Duration) {
 
 // sampleCounters records the queries and counts the hosts until ctx ends. It logs when a host falls silent or is back.
 func sampleCounters(ctx context.Context) {
-	d, silent := &counters.connections, map[any]time.Duration{} // when each host was silent last
+	d, silent := &counters.connections, map[any]time.Duration{} // when each host was last silent
 	for ; ctx.Err() == nil; sleep(ctx, hostInterval) {
 		counters.queryHistory.record(counters.queries.Load())
 		hosts, lagging := int64(0), false
@@ -113,7 +113,7 @@ func sampleCounters(ctx context.Context) {
 	}
 }
 
-// observe notes how a host responded to a query.
+// observe records how a host responded to a query.
 func (d *countingDialer) observe(node *gocql.HostInfo, took time.Duration, err error) {
 	isIll := took > maxSilence || isUnavailable(err)
 	if !isIll && !d.lagging.Load() {
@@ -127,7 +127,7 @@ func (d *countingDialer) observe(node *gocql.HostInfo, took time.Duration, err e
 type host struct {
 	open    atomic.Int64 // connections
 	waiting atomic.Int64 // time of the first request since it last sent a byte; 0 if there is none
-	ill     atomic.Int64 // time of its last slow or refused query, or last trial allowed by lags; 0 if it is well
+	ill     atomic.Int64 // time of its last slow or refused query, or last trial allowed by lags; 0 if it is healthy
 }
 
 func (h *host) isSilent() bool {

@@ -61,8 +61,8 @@ type row interface {
 }
 
 // stream handles GET /users/stream: it sends a table as a JSON array or as NDJSON and flushes it page by page. It
-// reads the first page before it sends the status line, so an early failure has its own status. After a later one
-// only an aborted connection can show that the body is incomplete.
+// reads the first page before it sends the status line, so an early failure has its own status. Only an aborted
+// connection can show that a later failure left the body incomplete.
 func (t *table) stream(w http.ResponseWriter, r *http.Request) error {
 	s, fetchSize, err := newParameters(r).fetch(t)
 	if err != nil {
@@ -239,8 +239,8 @@ func (s *scan) page(ctx context.Context, size int) (all page, err error) {
 	return all, err
 }
 
-// next reads a page of about size rows, perhaps none, and moves the scan past it. If Cassandra runs out of time, it
-// tries a narrower slice, and widens later ones again. A filtered scan first counts rows without its filter.
+// next reads a page of about size rows, perhaps none, and moves the scan past it. It tries a narrower slice if
+// Cassandra runs out of time, and widens later ones again. A filtered scan first counts rows without its filter.
 func (s *scan) next(ctx context.Context, size int) (p page, err error) {
 	if s.minAge > 0 && s.width == 0 {
 		all := *s

@@ -38,7 +38,7 @@ const (
 	defaultList   = 10     // users in a response of GET /users
 	maxList       = 100    // users
 	maxMemberName = 100    // bytes; longer names are not echoed
-	userSize      = 256    // bytes of JSON that most users have at most
+	userSize      = 256    // bytes of JSON, enough for most users
 
 	// insertAge is how far in the past an INSERT is stamped, and how far clocks may differ. A later transaction carries
 	// a ballot from a node's clock. If that lay before the INSERT's timestamp, the change would be reported as applied
@@ -262,8 +262,8 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 	return err
 }
 
-// readUser returns a user or errNoUser. A linearizable read first settles a proposed transaction that was left
-// unfinished: it can't change the user after that read. One that a slow node has not proposed yet still can.
+// readUser returns a user or errNoUser. A linearizable read first settles a transaction that was proposed but left
+// unfinished, which can't change the user after that read. A transaction that is not proposed yet still can.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
 	return hedge(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])

@@ -6,7 +6,7 @@
 // neither, or with any flag, it starts a private Cassandra 5.0, which needs Java 17 or 21 and Maven. As root on Debian
 // or Ubuntu it installs these if missing. Without COMMAND, the private Cassandra runs until Ctrl-C.
 //
-// COMMAND finds Cassandra through CASSANDRA_HOSTS and CASSANDRA_PORT. A private Cassandra also sets
+// COMMAND finds Cassandra through CASSANDRA_HOSTS and CASSANDRA_PORT. For a private Cassandra, the launcher also sets
 // CASSANDRA_REPLICATION, and with -auth CASSANDRA_USERNAME and CASSANDRA_PASSWORD. MAX_HEAP_SIZE is the heap of a node
 // (default 1G, or 512M in a cluster).
 //
@@ -109,8 +109,8 @@ type node struct {
 }
 
 func main() {
-	// With a handler, a write to a closed pipe returns an error, as when Ctrl-C also ends the tee of `2>&1 | tee log`.
-	// COMMAND inherits no handler, while it would inherit signal.Ignore.
+	// A handler makes a write to a closed pipe return an error instead of killing the launcher: in `2>&1 | tee log`,
+	// Ctrl-C also ends tee. COMMAND does not inherit a handler, but would inherit signal.Ignore.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	if os.Args[0] == reaperName {
 		reap(os.Args[1], os.Args[2])
@@ -315,7 +315,7 @@ func (l *launcher) settings() []string {
 func (l *launcher) runCommand(settings []string) (status int) {
 	if len(l.command) == 0 {
 		if l.private {
-			say("running until Ctrl-C with %s", strings.Join(settings, " "))
+			say("running until Ctrl-C; connect with %s", strings.Join(settings, " "))
 			<-l.signals
 		}
 		return 0
@@ -647,7 +647,7 @@ func (l *launcher) output(cmd *exec.Cmd) string {
 func (l *launcher) start(cmd *exec.Cmd) (ended <-chan struct{}, err error) {
 	cmd.Args = append([]string{"sh", "-c", `echo $$ >&3 && exec "$@" 3>&-`, "sh", cmd.Path}, cmd.Args[1:]...)
 	cmd.Path = "/bin/sh"
-	cmd.ExtraFiles = []*os.File{l.reports} // is 3
+	cmd.ExtraFiles = []*os.File{l.reports} // file descriptor 3
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// TestReadme starts the service by the README's first command and runs every sh block of its tour. The outputs must be the
+// TestReadme starts the service with the README's first command and runs every sh block of its tour. The outputs must be the
 // README's, apart from ids, times, durations and tokens. An indented line continues the one before.
 func TestReadme(t *testing.T) {
 	t.Parallel()
@@ -149,7 +149,7 @@ func (s *service) tryExample(t *testing.T, pattern string, operation any, body s
 	return s.do(pattern+"?"+query.Encode(), body, headers...)
 }
 
-// memberNames returns those of a JSON object, or of the first object in an array; nil for anything else.
+// memberNames returns the member names of a JSON object, or of the first object in an array; nil for anything else.
 func memberNames(text string) []string {
 	var object object
 	json.NewDecoder(strings.NewReader(strings.TrimPrefix(text, "["))).Decode(&object)

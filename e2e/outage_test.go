@@ -31,7 +31,7 @@ func TestStartWithoutCassandra(t *testing.T) {
 	want(t, s.do("GET /health", ""), 503, `"status":"unhealthy"`, `"cassandra":"disconnected"`, `"cassandra_connected":false`)
 	await(t, 8*time.Second, "retrying", func() bool { return s.metrics(t).Connections.Failed > 4 })
 	n, lines := strings.Count(s.log(), `msg="cannot connect to Cassandra; retrying"`), strings.Count(s.log(), "\n")
-	check(t, n == 1 && lines <= 4, "%d lines of the outage, want one per 10 s and none per request:\n%s", n, s.log())
+	check(t, n == 1 && lines <= 4, "%d lines about the outage, want one per 10 s and none per request:\n%s", n, s.log())
 	startProxy(t, addr, cassandraAddress())
 	s.awaitHealthy(t, 15*time.Second)
 	want(t, s.do("GET /users", ""), 200, "[]\n")
@@ -163,7 +163,7 @@ type load struct {
 	name    string
 	stopped atomic.Bool
 	clients sync.WaitGroup
-	failed  atomic.Int64 // when a request failed last, in nanoseconds
+	failed  atomic.Int64 // when a request last failed, in nanoseconds
 	ages    sync.Map     // by name: the ages that a user may have
 	tallies map[string]*tally
 }
@@ -185,7 +185,7 @@ func startLoad(t testing.TB, s *service, clients int) *load {
 	return l
 }
 
-// do sends a request, which may fail by 503 or 504.
+// do sends a request, which may fail with 503 or 504.
 func (l *load) do(request, body string, status int, headers ...string) response {
 	r := l.s.do(request, body, headers...)
 	tally := l.tallies[regexp.MustCompile("[A-Z]+ /users(/stream)?").FindString(request)]
@@ -409,7 +409,7 @@ func TestFarNode(t *testing.T) {
 	}
 }
 
-// A node that clients reach, but that is cut off from the other two, refuses what they send. The test runs itself and the
+// A node that clients can reach, but that is cut off from the other two, refuses queries. The test runs itself and the
 // nodes in a network namespace, in which routes to one node can be blocked.
 func TestNodeIsCutOff(t *testing.T) {
 	needsLong(t)
@@ -469,8 +469,8 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 }
 
 // Edits that end with 504 while a node hangs, or after it was killed, may be applied later, by the next transaction on the
-// row. A serial read settles all that were proposed. An edit that a slow node has not proposed yet can still be applied after
-// it, but not after the user's next edit, whose result is final.
+// row. A serial read settles all that were proposed. An edit that a slow node has not proposed yet can still be applied
+// later, but not after the user's next edit.
 func TestSerialReadSettlesEdits(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-nodes", "3", "-restart", "3s")

@@ -47,7 +47,7 @@ func TestMain(m *testing.M) {
 		binaries, err = os.MkdirTemp("", "e2e-")
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "%v\nThe tests need a Cassandra. This command starts one: go run ./cassandra go test ./...\n", err)
+		fmt.Fprintf(os.Stderr, "%v\nThe tests need Cassandra. This command starts it: go run ./cassandra go test -p 1 ./...\n", err)
 		os.Exit(1)
 	}
 	flag.Set("test.parallel", "8") // parallel tests mostly wait
@@ -58,7 +58,7 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// openSources lets Go's test cache notice changes: it tracks the files that tests open.
+// openSources opens all sources, since Go's test cache tracks the files that tests open.
 func openSources() {
 	for _, pattern := range []string{"../*.go", "../go.mod", "../README.md", "../docs/*", "../cassandra/*"} {
 		files, _ := filepath.Glob(pattern)
@@ -349,7 +349,7 @@ func closedAddress() string { // where nothing listens
 	return listener.Addr().String()
 }
 
-// cassandraAt makes a service connect to Cassandra at host:port.
+// cassandraAt returns the settings that connect a service to Cassandra at host:port.
 func cassandraAt(addr string) []string {
 	host, port, _ := net.SplitHostPort(addr)
 	return []string{"CASSANDRA_HOSTS=" + host, "CASSANDRA_PORT=" + port}

@@ -42,7 +42,7 @@ func (s *service) stream(t testing.TB, query string) []user {
 	return decode[[]user](t, s.do("GET /users/stream?"+query, ""), 200)
 }
 
-// wantSeeded fails unless users are those of n seeded ones that have at least minAge, each once.
+// wantSeeded fails unless users has each of the first n seeded users of at least minAge exactly once, and no others.
 func wantSeeded(t testing.TB, users []user, n, minAge int) {
 	got, want := map[user]int{}, map[user]int{}
 	for i := range n {
@@ -69,7 +69,7 @@ func TestFirstUsersComeAfterOnePage(t *testing.T) {
 	check(t, err == nil && bytes.Count(body.Bytes(), []byte(`"age"`)) == crowdSize, "%v after %d bytes, want all users", err, body.Len())
 }
 
-// wantAborted streams by curl while the proxy cuts the connections to Cassandra, and checks that curl sees the truncation.
+// wantAborted streams with curl while the proxy cuts the connections to Cassandra, and checks that curl sees the truncation.
 func wantAborted(t *testing.T, s *service, proxy *proxy, accept string) {
 	proxy.cutAfter(2 * crowdPage)
 	body, err := exec.Command("curl", "-s", "-H", "Accept: "+accept, s.url+"/users/stream").Output()
@@ -116,7 +116,7 @@ func TestAbortedStreams(t *testing.T) {
 	}
 }
 
-// A node is killed ten times under an export, which resumes each time.
+// A node is killed ten times during an export, which resumes each time.
 func TestNodeIsKilledDuringExport(t *testing.T) {
 	needsLong(t)
 	const size = 300_000
