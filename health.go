@@ -359,7 +359,7 @@ type conn struct {
 	host    *host
 	wake    chan struct{} // closed by Close
 	mu      sync.Mutex
-	sent    sync.Cond // pending was taken to be sent, or the connection is closed
+	sent    sync.Cond // signals that send took pending, or that the connection is closed
 	pending []byte    // accepted, but not sent
 	closed  bool
 }

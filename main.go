@@ -315,7 +315,7 @@ func (rt *router) handle(pattern string, h handler, opts ...options) { // at mos
 
 // ServeHTTP routes a request. The mux alone would redirect unclean paths.
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if escaped := r.URL.EscapedPath(); path.Clean("/"+escaped) != escaped { // also *
+	if escaped := r.URL.EscapedPath(); path.Clean("/"+escaped) != escaped { // also the target *
 		rt.unmatched.ServeHTTP(w, r)
 		return
 	}
@@ -520,7 +520,7 @@ func (w *recorder) Write(p []byte) (written int, err error) {
 	return written, nil
 }
 
-// FlushError implements ResponseController.Flush. It sets a new deadline, since the last Write may have taken long.
+// FlushError implements ResponseController.Flush. It sets a new deadline, since the last Write may have been slow.
 func (w *recorder) FlushError() error {
 	w.SetWriteDeadline(time.Now().Add(writeTimeout))
 	return w.Flush()

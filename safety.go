@@ -295,7 +295,7 @@ func testNestedContexts(w http.ResponseWriter, r *http.Request) error {
 	})
 }
 
-// openNested returns a session of its own that has responded to a query. It closes when ctx ends.
+// openNested returns a separate session that has responded to a query and closes when ctx ends.
 func openNested(ctx context.Context, dialer *countingDialer) (*gocql.Session, error) {
 	s, err := createSession(ctx, global.cluster.config(dialer))
 	if err == nil {

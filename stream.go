@@ -311,7 +311,7 @@ func (s *scan) bound() int64 {
 	return s.from + int64(width)
 }
 
-// setWidth makes slices wide enough for the wanted number of rows, judging by those between from and the position.
+// setWidth makes slices wide enough for the wanted number of rows, extrapolated from the rows read since token from.
 func (s *scan) setWidth(from int64, rows, wanted int) {
 	s.width = math.MaxUint64
 	if tokens := float64(uint64(s.from)-uint64(from)) / float64(max(1, rows)) * float64(wanted); tokens < 1<<64 {

@@ -420,8 +420,8 @@ func values(list ...any) func(*gocql.QueryInfo) ([]any, error) {
 	return func(*gocql.QueryInfo) ([]any, error) { return list, nil }
 }
 
-// rowLocks serialize the transactions on a row, since concurrent ones time out. Few rows share a lock, and clients
-// can't choose which.
+// rowLocks serialize edits of a user and uses of a key, since concurrent transactions on a row time out. Few rows share
+// a lock, and clients can't choose which.
 var lockSeed, rowLocks = maphash.MakeSeed(), func() (gates [4096]gate) {
 	for i := range gates {
 		gates[i] = make(gate, 1)
@@ -437,8 +437,8 @@ type field struct {
 	set        func(value json.RawMessage) bool
 }
 
-// readFields reads the members of a JSON object into fields and returns all errors, located below at. Unless all is
-// set, fields may be missing. A GET response can be edited and PUT back.
+// readFields reads the members of a JSON object into fields and returns all errors; at is the object's JSON Pointer.
+// If all is false, fields may be missing. Read-only fields are ignored, so a GET response can be edited and PUT back.
 func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
 		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}

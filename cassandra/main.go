@@ -12,7 +12,7 @@
 //
 // SIGINT, SIGTERM and SIGHUP are forwarded to COMMAND. The end of the launcher's parent process, such as `go run` or a
 // script, counts as SIGTERM. The launcher exits with COMMAND's status, or 128+n if signal n ended it. COMMAND can read
-// piped input, but not the terminal. No process and no temporary file outlives the launcher, even if it is killed.
+// piped input, but not the terminal. No process and no temporary file is left behind, even if the launcher is killed.
 package main
 
 import (

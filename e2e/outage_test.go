@@ -39,7 +39,7 @@ func TestStartWithoutCassandra(t *testing.T) {
 
 var selfTests = []string{"query_error", "streaming_error", "concurrent_streams", "nested_contexts", "cancellation"}
 
-// doEverything sends one request to each endpoint that needs Cassandra, all of them concurrently.
+// doEverything concurrently sends requests to all endpoints that need Cassandra, except the slow queries.
 func (s *service) doEverything(verify func(response), headers ...string) {
 	requests := []string{
 		"GET /users", "GET /users/stream", "GET /users/stream?age_filter=30", "GET /users/stream/pages", "GET " + missingUser,
@@ -365,7 +365,7 @@ func TestSilentHosts(t *testing.T) {
 	pass := func(i int, bytes int64) func() { return func() { proxies[i].credit.Store(bytes) } }
 	delay := func(i int, d time.Duration) func() { return func() { proxies[i].delay.Store(int64(d)) } }
 	awaitRestart := func() {
-		startHealthy(t, settings...) // the dead node cannot agree to its schema
+		startHealthy(t, settings...) // creates a keyspace without schema agreement, since one node is dead
 		n.awaitResponse(t, "127.0.0.3")
 		time.Sleep(20 * time.Second) // until the nodes know each other again
 	}

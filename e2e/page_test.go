@@ -172,7 +172,7 @@ func (b *browser) watchOutage(fail, mend func()) {
 	b.click("#streams")
 }
 
-// awaitPicture waits until the charts end with 20 samples in one state, and writes the picture if there will be one.
+// awaitPicture waits until the last 20 samples have one state, and writes the picture. Without a file it does nothing.
 func (b *browser) awaitPicture() {
 	if b.picture == "" {
 		return
