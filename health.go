@@ -530,7 +530,7 @@ func loadCluster(env *environment) cluster {
 			"host names or addresses without ports, separated by commas", parseHosts),
 		port: setting(env, "CASSANDRA_PORT", "9042", "a port from 1 to 65535", wholeNumber(1, 65535)),
 		keyspace: setting(env, "CASSANDRA_KEYSPACE", "test_keyspace",
-			"1 to 48 letters, digits or underscores, and not beginning with system", parseKeyspace),
+			"1 to 48 letters, digits or underscores (the prefix system is reserved)", parseKeyspace),
 		datacenter: setting(env, "CASSANDRA_DATACENTER", "",
 			"the name of a data centre: letters, digits, dots, dashes or underscores", matching(`^[\w.-]*$`)),
 		consistency: setting(env, "CASSANDRA_CONSISTENCY", "LOCAL_QUORUM", // with less, a read could miss a write

@@ -186,7 +186,7 @@ func loadSettings(getenv func(string) string) (settings, error) {
 	s.allowedHosts = setting(env, "ALLOWED_HOSTS", hosts, rule, parseAllowedHosts)
 	s.allowShutdown = setting(env, "SHUTDOWN_ENDPOINT", onOrOff, "on or off", matching(`^(on|off)$`)) == "on"
 	if s.shutdownTimeout < s.drainDelay {
-		env.reject("SHUTDOWN_TIMEOUT must be at least DRAIN_DELAY, which is %s, not %s", s.drainDelay, s.shutdownTimeout)
+		env.reject("SHUTDOWN_TIMEOUT must be at least DRAIN_DELAY (%s), not %s", s.drainDelay, s.shutdownTimeout)
 	}
 	if env.invalid != nil {
 		return settings{}, errors.New(strings.Join(env.invalid, "; "))

@@ -355,7 +355,7 @@ func TestInvalidSettings(t *testing.T) {
 		{"CASSANDRA_HOSTS", "host names or addresses without ports, separated by commas",
 			"a,,b|http://a/|a:9042|a,b:9042|[::1]:9042|127.0.0.1:9042"},
 		{"CASSANDRA_PORT", "a port from 1 to 65535", "0|65536|9042 "},
-		{"CASSANDRA_KEYSPACE", "1 to 48 letters, digits or underscores, and not beginning with system",
+		{"CASSANDRA_KEYSPACE", "1 to 48 letters, digits or underscores (the prefix system is reserved)",
 			strings.Repeat("k", 49) + `|a"; DROP KEYSPACE b; --|` + "a\nb|system|SYSTEM|System_Auth|system_virtual_schema"},
 		{"CASSANDRA_DATACENTER", "the name of a data centre: letters, digits, dots, dashes or underscores", "d'c"},
 		{"CASSANDRA_CONSISTENCY", "LOCAL_QUORUM, QUORUM or ALL", "ONE|TWO|THREE|ANY|LOCAL_ONE|EACH_QUORUM|SERIAL|quorum"},
@@ -370,7 +370,7 @@ func TestInvalidSettings(t *testing.T) {
 	}
 	err := run(t.Context(), environ("DRAIN_DELAY=1m", "LOG_FORMAT=xml", "CASSANDRA_PASSWORD=hunter2"), io.Discard)
 	wantEqual(t, "error of several", fmt.Sprint(err), `LOG_FORMAT must be text or json, not "xml"; CASSANDRA_USERNAME and `+
-		`CASSANDRA_PASSWORD must be set together; SHUTDOWN_TIMEOUT must be at least DRAIN_DELAY, which is 1m0s, not 20s`)
+		`CASSANDRA_PASSWORD must be set together; SHUTDOWN_TIMEOUT must be at least DRAIN_DELAY (1m0s), not 20s`)
 }
 
 func TestSettings(t *testing.T) {
@@ -897,7 +897,7 @@ func TestRequestsThatAreNotSent(t *testing.T) {
 		ages[u.Name] = u.Age
 	}
 	for name, want := range allowed.Range {
-		failIf(t, !slices.Contains(want.([]int), ages[name.(string)]), "%s: not one of the ages %v (0: absent)", name, want)
+		failIf(t, !slices.Contains(want.([]int), ages[name.(string)]), "%s: age %d, want one of %v (0: absent)", name, ages[name.(string)], want)
 	}
 }
 
@@ -1898,7 +1898,7 @@ func FuzzUserJSON(f *testing.F) {
 	})
 }
 
-// FuzzPageToken parses any position with a correct checksum, which is not a signature: every scan that it accepts can continue.
+// FuzzPageToken parses any position with a valid checksum, which anyone can compute. Every scan that parseToken accepts can continue.
 func FuzzPageToken(f *testing.F) {
 	const start, most = ".0.9223372036854775807.-9223372036854775808.0", ".-1.-1.9223372036854775807.18446744073709551615"
 	for _, position := range []string{start, most, ".150.1.-1.1125899906842624", ".0.0.0.0", ".-1.1.0.1"} {
@@ -2076,7 +2076,7 @@ func (db bare) sends(b *testing.B, name, url, request, body string, rows int, he
 	}}
 }
 
-// BenchmarkService compares the bare driver, the service in process and over HTTP, and a naive handler. Creates run last: they add users.
+// BenchmarkService compares the service, in process and over HTTP, with the bare driver and a naive handler. Streams run before any create.
 func BenchmarkService(b *testing.B) {
 	defer debug.SetGCPercent(debug.SetGCPercent(gcPercent)) // as run does
 	const users = 200_000

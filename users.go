@@ -346,7 +346,7 @@ func isAddress(text string) bool {
 
 // The rest of this file serves every resource.
 
-// record holds the columns that every table has.
+// record holds the columns that the table of every resource has.
 type record struct {
 	ID                   uuid.UUID
 	CreatedAt, UpdatedAt int64 // milliseconds since 1970, the precision of Cassandra's timestamp

@@ -344,7 +344,7 @@ func (s *service) wantShare(t *testing.T, host int, proxies [3]*proxy) {
 	}
 	s.withstand(t, 3*time.Second)
 	share, all := proxies[host].passed.Load(), proxies[0].passed.Load()+proxies[1].passed.Load()+proxies[2].passed.Load()
-	check(t, share*10 > all, "3 s later %d of %d bytes pass host %d, want about a third", share, all, host)
+	check(t, share*10 > all, "3 s later host %d gets %d of %d bytes, want about a third", host, share, all)
 }
 
 // One of three nodes hangs or is killed, or its network stalls or delays everything. The others take over.

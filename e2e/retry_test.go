@@ -45,7 +45,7 @@ func TestConcurrentRetriesCreateOnce(t *testing.T) {
 	}
 }
 
-// Each of 32 clients adds one to the age until it succeeds. Then 64 clients set the age without a condition.
+// Each of 32 clients adds one to the age and tries again after a 412. Then 64 clients set the age without a condition.
 func TestConcurrentEdits(t *testing.T) {
 	both := startTwo(t)
 	path := both[0].createUser(t)

@@ -195,7 +195,7 @@ func TestSlowNetwork(t *testing.T) {
 	wantSeeded(t, decode[[]user](t, r, 200), size, 0)
 	after := large.metrics(t).QueryTimes
 	queries, milliseconds := after["count"]-before["count"], after["sum_ms"]-before["sum_ms"]
-	roundTrips := 1000 * r.took.Seconds() / (milliseconds / queries) // as long as they were on this machine
+	roundTrips := 1000 * r.took.Seconds() / (milliseconds / queries) // each as long as the mean query of this stream
 	ok := queries <= float64(pages)*1.4 && roundTrips <= float64(pages)/3+4
 	check(t, ok, "%d pages took %g queries and %g round trips, want at most a third of the pages and 4", pages, queries, roundTrips)
 }
