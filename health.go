@@ -351,8 +351,8 @@ func (d *countingDialer) host(addr string) *host {
 
 // conn is a connection that coalesces writes. The driver makes a system call for each request, which limits its rate.
 // Here Write only appends to a buffer and wakes send, which sends everything that has arrived by then. No request waits
-// for a timer, and under load many share one call. An accepted request may have been sent, so the write is in doubt
-// if it fails.
+// for a timer, and under load many share one call. An accepted request that fails may have been sent, so its write is
+// in doubt.
 type conn struct {
 	net.Conn
 	dialer  *countingDialer
@@ -513,7 +513,7 @@ func codeOf(err error) int {
 	return 0
 }
 
-// inDoubtDetail says how to find out whether a write was applied.
+// inDoubtDetail says that a write may have been applied, and what to do.
 func inDoubtDetail(err error) string {
 	query, _ := errors.AsType[*queryError](err)
 	return "timeout: " + map[queryKind]string{

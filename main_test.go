@@ -676,7 +676,7 @@ func TestSumOfBodies(t *testing.T) {
 	awaitSum := func(want int64) {
 		failIf(t, !waitUntil(func() bool { return rt.bodies.Load() == want }, 10*time.Second), "bodies = %d, want %d", rt.bodies.Load(), want)
 	}
-	conns := []net.Conn{send(t, url, postHead+"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")} // counts as the most it may have
+	conns := []net.Conn{send(t, url, postHead+"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")} // counts as maxBody
 	for range maxBodies/maxBody - 1 {
 		conns = append(conns, send(t, url, postHead+"Content-Length: 1048576\r\n\r\n{"))
 	}

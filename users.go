@@ -263,7 +263,7 @@ func createUsers(w http.ResponseWriter, r *http.Request, kind queryKind, key str
 }
 
 // readUser returns a user or errNoUser. A linearizable read first settles a transaction that was proposed but left
-// unfinished, which can't change the user after that read. A transaction that is not proposed yet still can.
+// unfinished, so that it can't change the user later. A transaction that is not proposed yet still can.
 func readUser(ctx context.Context, id uuid.UUID, linearizable bool) (user, error) {
 	return hedge(ctx, true, func(ctx context.Context) (u user, err error) {
 		query := currentSession().Query(selectUser, gocql.UUID(id)).WithContext(ctx).RoutingKey(id[:])

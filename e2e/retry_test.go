@@ -59,7 +59,7 @@ func TestConcurrentEdits(t *testing.T) {
 	})
 	sum := decode[user](t, both[0].do("GET "+path, "", "Cache-Control: no-cache"), 200).Age - 36
 	added, unsure := both.count(t, "PUT /users/{id}", "200"), both.count(t, "PUT /users/{id}", "504")
-	check(t, sum >= added && sum <= added+unsure && added >= 30, "%d additions, want %d of the 32 and at most %d more", sum, added, unsure)
+	check(t, sum >= added && sum <= added+unsure && added >= 30, "%d additions, want %d (at least 30) and at most %d more", sum, added, unsure)
 	concurrently(64, func(i int) {
 		for age := range 10 {
 			both[i%2].do("PATCH "+path, fmt.Sprintf(`{"age":%d}`, age))

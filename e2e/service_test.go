@@ -372,7 +372,7 @@ func newKeyspace() string { return fmt.Sprintf("e2e_%d_%d", os.Getpid(), keyspac
 
 func userID(i int) gocql.UUID { return gocql.UUID(uuid.NewSHA1(uuid.Nil, fmt.Append(nil, i))) }
 
-// seeded is the i-th seeded user. Its name is its number in 100 digits: a thousand users are a quarter of a megabyte.
+// seeded returns the i-th user that seed writes. Its name is its number in 100 digits: a thousand users are a quarter of a megabyte.
 func seeded(i int) user {
 	return user{userID(i).String(), fmt.Sprintf("%0100d", i), fmt.Sprintf("user%d@example.com", i), i % 100}
 }

@@ -197,7 +197,7 @@ func TestSlowNetwork(t *testing.T) {
 	queries, milliseconds := after["count"]-before["count"], after["sum_ms"]-before["sum_ms"]
 	roundTrips := 1000 * r.took.Seconds() / (milliseconds / queries) // each as long as the mean query of this stream
 	ok := queries <= float64(pages)*1.4 && roundTrips <= float64(pages)/3+4
-	check(t, ok, "%d pages took %g queries and %g round trips, want at most a third of the pages and 4", pages, queries, roundTrips)
+	check(t, ok, "%d pages took %g queries (at most 1.4 per page) and %g round trips (at most 1/3 per page + 4)", pages, queries, roundTrips)
 }
 
 func TestTombstones(t *testing.T) {
