@@ -128,7 +128,7 @@ func TestOpenAPI(t *testing.T) {
 					check(t, at[any](header, "required") != true || r.header.Get(name) != "", "%s; want the header %s", r, name)
 				}
 				got, want := memberNames(r.body), memberNames(example)
-				check(t, want == nil || got == nil || slices.Equal(got, want), "the response has the members %q, its example %q", got, want)
+				check(t, want == nil || got == nil || slices.Equal(got, want), "%s: members of the response %q, of its example %q", pattern, got, want)
 			}
 		}
 	}
