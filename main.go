@@ -133,7 +133,7 @@ func limitSendBuffer(ctx context.Context, conn net.Conn) context.Context {
 }
 
 // drain refuses new requests while active ones finish, for at least DRAIN_DELAY and at most SHUTDOWN_TIMEOUT. Then it
-// aborts the rest and closes the listener, which stays open until here so that probes can see "draining".
+// aborts the rest and closes the listener, which stays open until then so that probes can see "draining".
 func drain(server *http.Server, abort context.CancelCauseFunc, cfg settings) {
 	shutdown.draining.Store(true)
 	start := time.Now()

@@ -74,7 +74,7 @@ func runTests(m *testing.M) (err error) {
 	return admin.Query(`DROP KEYSPACE "` + keyspace + `"`).Exec()
 }
 
-// exec runs a statement that the service never runs.
+// exec runs a statement with the driver, bypassing the service.
 func exec(t testing.TB, statement string, values ...any) {
 	t.Helper()
 	must(t, currentSession().Query(statement, values...).Exec())
@@ -1495,7 +1495,7 @@ func ofAge(users []*user, age int) []*user {
 	return slices.DeleteFunc(slices.Clone(users), func(u *user) bool { return u.Age < age })
 }
 
-// lines returns users as NDJSON, and array as a JSON array.
+// lines returns users as NDJSON. The next function, array, returns them as a JSON array.
 func lines(users []*user) string {
 	var text []byte
 	for _, u := range users {

@@ -135,7 +135,7 @@ func TestOpenAPI(t *testing.T) {
 	s.wantSchemas(t, operations)
 }
 
-// tryExample sends the examples of the body and of all parameters but id, If-Match and If-None-Match. Only page_state has none.
+// tryExample sends the examples of the body and of the operation's own parameters but If-Match and If-None-Match. Only page_state has none.
 func (s *service) tryExample(t *testing.T, pattern string, operation any, body string, headers ...string) response {
 	query := url.Values{}
 	for _, p := range at[[]any](operation, "parameters") {

@@ -336,7 +336,7 @@ type hostFailure struct {
 	fail, mend func()
 }
 
-// wantShare checks that in 3 s a host gets its share of the requests again.
+// wantShare waits 3 s, then checks that a host gets its share of the requests again.
 func (s *service) wantShare(t *testing.T, host int, proxies [3]*proxy) {
 	time.Sleep(3 * time.Second)
 	for _, p := range proxies {
