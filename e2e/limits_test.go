@@ -50,7 +50,8 @@ func TestSlowAndHugeRequests(t *testing.T) {
 	}
 }
 
-// wantHealthy checks that /health responds while do runs. On a busy machine a few of its queries may take more than 2 s.
+// wantHealthy checks that /health responds while do runs. A few probes may take longer: their queries if the machine is busy,
+// and their connections if thousands of others fill the listener's queue.
 func (s *service) wantHealthy(t *testing.T, do func()) {
 	done := make(chan struct{})
 	go func() {
@@ -59,13 +60,12 @@ func (s *service) wantHealthy(t *testing.T, do func()) {
 	}()
 	for probes, healthy := 1, 0; ; probes++ {
 		r := s.do("GET /health", "")
-		if r.status == 200 {
+		if r.status == 200 && r.took < 2*time.Second {
 			healthy++
 		}
-		check(t, r.took < 6*time.Second, "%s; want it within 2 s", r)
 		select {
 		case <-done:
-			check(t, 2*healthy > probes, "%d of %d probes are 200, want most of them", healthy, probes)
+			check(t, 2*healthy > probes, "%d of %d probes are 200 within 2 s, want most of them", healthy, probes)
 			return
 		case <-time.After(50 * time.Millisecond):
 		}
