@@ -566,7 +566,7 @@ func TestFailureAfterTheStatusLineAborts(t *testing.T) {
 	}
 }
 
-// meter is a ResponseWriter that keeps no body. It has deadlines like a connection, and counts writes that shared one.
+// meter is a ResponseWriter that keeps no body. It has deadlines like a connection, counts writes that shared one, and cuts large ones.
 type meter struct {
 	httptest.ResponseRecorder
 	read, write time.Time
@@ -575,7 +575,7 @@ type meter struct {
 
 func (m *meter) SetReadDeadline(at time.Time) error  { m.read = at; return nil }
 func (m *meter) SetWriteDeadline(at time.Time) error { m.write = at; return nil }
-func (m *meter) Write(p []byte) (int, error)         { m.Flush(); return m.ResponseRecorder.Write(p) }
+func (m *meter) Write(p []byte) (int, error)         { m.Flush(); return min(len(p), 32<<10), nil }
 func (m *meter) Flush() {
 	if time.Until(m.write) < writeTimeout-time.Second {
 		m.shared++
@@ -583,12 +583,13 @@ func (m *meter) Flush() {
 	m.write = time.Time{}
 }
 
-// A client has 30 s for each write, each flush and the closing bytes, and for 100 Continue, which reading the body sends.
+// A client has 30 s for each 32 KiB, each flush and the closing bytes, and for 100 Continue, which reading the body sends.
 func TestEachWriteHasItsDeadline(t *testing.T) {
 	w, r := new(meter), newRequest(t.Context(), "POST /test", adaBody)
 	r.Body = io.NopCloser(io.TeeReader(r.Body, w))
 	routed(func(w http.ResponseWriter, r *http.Request) error {
-		w.Write(make([]byte, 3*writeSize))
+		n, err := w.Write(make([]byte, 100_000))
+		failIf(t, n != 100_000, "%d bytes written, %v; want pieces of 32 KiB", n, err)
 		return http.NewResponseController(w).Flush()
 	}).ServeHTTP(w, r)
 	w.Flush()

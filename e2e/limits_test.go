@@ -50,8 +50,7 @@ func TestSlowAndHugeRequests(t *testing.T) {
 	}
 }
 
-// wantHealthy checks that /health responds while do runs. A few probes may take longer: their queries if the machine is busy,
-// and their connections if thousands of others fill the listener's queue.
+// wantHealthy checks that /health responds while do runs. A few probes may be slow, since the clients keep the machine busy.
 func (s *service) wantHealthy(t *testing.T, do func()) {
 	done := make(chan struct{})
 	go func() {
