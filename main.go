@@ -70,7 +70,7 @@ var (
 	validID      = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 	validSeconds = regexp.MustCompile(`^[0-9]{1,9}(\.[0-9]{1,9})?$`)
 	// forwarding matches the headers that proxies add.
-	forwarding = regexp.MustCompile(`^(Forwarded|Via|X-Forwarded.*|X-Real-Ip|True-Client-Ip|Cf-Connecting-Ip)$`)
+	forwarding = regexp.MustCompile(`Forwarded|^Via$|-Ip$|^X-Original-|^X-Envoy-`)
 )
 
 // shutdown is the shutdown state of the process.
@@ -108,9 +108,9 @@ func run(ctx context.Context, getenv func(string) string, stderr io.Writer) erro
 	defer abort(nil)
 	defer keepConnected(cfg.cluster)()
 	server := &http.Server{
-		Handler:     newRouter(cfg),
+		Handler: newRouter(cfg), DisableGeneralOptionsHandler: true, // which has no deadline
 		BaseContext: func(net.Listener) context.Context { return base }, ConnContext: limitSendBuffer,
-		ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
+		ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader - 4<<10, // net/http adds 4 KiB
 		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
 	}
 	served := make(chan error, 1)
@@ -377,7 +377,8 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 		err = receiveBody(w, r, cmp.Or(deadline, time.Now().Add(defaultTimeout)))
 	}
 	if err != nil && size > 0 {
-		w.SetReadDeadline(time.Now()) // net/http reads the rest of a body before it sends a response
+		w.SetReadDeadline(time.Now())         // net/http reads the rest of a body before it sends a response
+		w.Header().Set("Connection", "close") // else it could take that rest, such as a bad trailer, for a request
 	}
 	if !deadline.IsZero() {
 		ctx, cancel := context.WithDeadline(r.Context(), deadline)
@@ -408,7 +409,7 @@ func (line *route) admit(w http.ResponseWriter, r *http.Request, bodies int64) (
 	case line.crossOrigin.Check(r) != nil:
 		err = refuse(http.StatusForbidden, "Cross-origin requests that change data are not allowed")
 	case isSet && (timeout == 0 || !validSeconds.MatchString(text)):
-		const rule = "must be a single positive number of seconds, such as 0.5" // several are joined by commas
+		const rule = "must be seconds above 0 in plain digits, at most 9 on each side of a point, such as 0.5"
 		err = invalid(fieldError{Header: "X-Request-Timeout", Detail: rule})
 	case r.ContentLength != 0 && bodies > maxBodies:
 		err = refuse(http.StatusServiceUnavailable, "Too many large request bodies; try again in a second")
@@ -444,10 +445,10 @@ func receiveBody(w *recorder, r *http.Request, deadline time.Time) error {
 	switch {
 	case isTooLarge:
 		return refuse(http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is too large; the limit is %d bytes", maxBody))
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case err != nil && !time.Now().Before(deadline):
 		return refuse(http.StatusRequestTimeout, "The body did not arrive in time")
 	case err != nil:
-		return invalid(inBody("", "did not arrive completely"))
+		return invalid(inBody("", "is truncated or badly chunked, or its trailer is too long"))
 	}
 	return nil
 }

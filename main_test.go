@@ -508,7 +508,7 @@ func TestRequestTimeoutHeader(t *testing.T) {
 	for value := range strings.FieldsSeq("0.5 0.000000001 00030 60 60.000000001 61 999999999.999999999") {
 		wantStatus(t, do(t, "GET /", "", "X-Request-Timeout: "+value), 200)
 	}
-	invalid := wrong("header", "X-Request-Timeout", "must be a single positive number of seconds, such as 0.5")
+	invalid := wrong("header", "X-Request-Timeout", "must be seconds above 0 in plain digits, at most 9 on each side of a point, such as 0.5")
 	for value := range strings.SplitSeq("|0|0.0|-1|+5|inf|NaN|0x1p-2|1_0|1e3|1.|.5|1.2.3|1,5|5s| |1234567890|0.1234567890|٣|5\n", "|") {
 		for request := range strings.SplitSeq("GET /|GET /health|GET /users/stream|GET /nothing|PUT /users/batch|POST /users|POST /shutdown",
 			"|") {
@@ -638,25 +638,24 @@ func TestBodiesThatDoNotArrive(t *testing.T) {
 	const (
 		post, get    = "POST /users HTTP/1.1\r\nHost: localhost\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\n"
 		soon, length = "X-Request-Timeout: 0.3\r\n", "Content-Length: 50\r\n\r\n"
+		chunk, end   = "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", "0\r\nX: "
 		slow, large  = "The body did not arrive in time", "The body is too large; the limit is 1048576 bytes"
 	)
 	url, huge := serve(t, service), "Content-Length: 1048577\r\n\r\n"+strings.Repeat(" ", maxBody+1)
 	for _, tt := range []struct{ request, status, detail string }{
-		{post + soon + length + "{", "408", slow}, {post + soon + "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", "408", slow},
+		{post + soon + length + "{", "408", slow}, {post + soon + chunk, "408", slow}, {post + soon + chunk + end, "408", slow},
 		{get + soon + length + "{", "408", slow}, {"POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + soon + length + "{", "408", slow},
 		{post + huge, "413", large}, {get + huge, "413", large}, {post + "Transfer-Encoding: chunked\r\n\r\nffffffff\r\n" + huge, "413", large},
-		{post + "X-Request-Timeout: x\r\n" + length, "422", "The request is not valid; see errors"},
+		{post + "X-Request-Timeout: x\r\n" + length, "422", "The request"}, {post + chunk + "0\r\nbad\r\n" + get + "\r\n", "422", "The request"},
 		{post + "Origin: http://evil.example\r\n" + length, "403", "Cross-origin requests that change data are not allowed"},
 		{"POST /users HTTP/1.1\r\nHost: evil.example\r\n" + length, "421", "Host not allowed; see ALLOWED_HOSTS"},
 		{"POST / HTTP/1.1\r\nHost: a.b\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n", "421", "Host not allowed; see ALLOWED_HOSTS"},
 	} {
-		start := time.Now()
-		wantParts(t, receive(t, send(t, url, tt.request)), "HTTP/1.1 "+tt.status+" ", "\r\nConnection: close\r\n", `"detail":"`+tt.detail+`"`)
-		failIf(t, time.Since(start) > 3*time.Second, "%.200q: closed after %s", tt.request, time.Since(start))
+		wantParts(t, receive(t, send(t, url, tt.request)), "HTTP/1.1 "+tt.status+" ", "\r\nConnection: close\r\n", `"detail":"`+tt.detail)
 	}
 	conn := send(t, url, postHead+"Content-Length: 70\r\n\r\n"+adaBody)
 	conn.CloseWrite()
-	wantParts(t, receive(t, conn), "HTTP/1.1 422 ", at("", "did not arrive completely"))
+	wantParts(t, receive(t, conn), "HTTP/1.1 422 ", at("", "is truncated or badly chunked, or its trailer is too long"))
 }
 
 func TestBodyOfAGetIsDiscarded(t *testing.T) {
@@ -735,7 +734,7 @@ func TestShutdownEndpoint(t *testing.T) {
 		{here, "evil.example:8000", ""}, {here, "localhost.evil.example", ""}, {here, "127.0.0.1.evil.example", ""}, {here, "0.0.0.0:8000", ""},
 		{here, "localhost", "Forwarded: for=127.0.0.1"}, {here, "localhost", "x-forwarded-for: 127.0.0.1"},
 		{here, "localhost", "X-Forwarded-Host: "}, {"[::1]:5000", "[::1]:8000", "X-Real-IP: 127.0.0.1"}, {here, "localhost", "Via: 1.1 proxy"},
-		{here, "localhost", "True-Client-IP: 127.0.0.1"}, {here, "localhost", "CF-Connecting-IP: 127.0.0.1"},
+		{here, "localhost", "True-Client-IP: a"}, {here, "localhost", "CF-Connecting-IP: a"}, {here, "localhost", "X-Original-Host: a"},
 	} {
 		wantProblem(t, post(on, tt.peer, tt.host, tt.header), 403, "Shutdown is only accepted directly from this machine")
 	}
@@ -882,7 +881,7 @@ func TestRequestsThatAreNotSent(t *testing.T) {
 	var allowed sync.Map // by name: the ages that a user may have; 0 is no user
 	concurrently(32, func(client int) {
 		for i := 0; dialer.cuts.Load() < 1000 && time.Since(began) < 2*time.Minute; i++ { // half a minute, if the machine is idle
-			name := fmt.Sprintf("client %d user %d", client, i)
+			name := fmt.Sprintf("%d: client %d user %d", began.UnixNano(), client, i)
 			created := do(t, "POST /users", fmt.Sprintf(`{"name":%q,"email":"a@b.c","age":1}`, name))
 			ages := map[int][]int{201: {1}, 503: {0}, 504: {0, 1}}[created.status]
 			if created.status == 201 {
@@ -915,14 +914,14 @@ func TestClockSkewIsLoggedWhenItBeginsAndEnds(t *testing.T) {
 // Tests of users.go.
 
 var (
-	nameRule                  = "must be text of 1 to 100 characters, at least one of them visible, without control characters"
+	nameRule                  = "must be text of 1 to 100 characters, at least one of them visible, without control characters or U+FFFD"
 	emailRule                 = "must be one plain address of at most 254 bytes, such as ada@example.com"
 	ageRule                   = "must be a whole number from 0 to 150"
 	badName, badEmail, badAge = at("/name", nameRule), at("/email", emailRule), at("/age", ageRule)
 	noName, noEmail, noAge    = at("/name", "is missing; it "+nameRule), at("/email", "is missing; it "+emailRule), at("/age",
 		"is missing; it "+ageRule)
 	nameTwice, ageTwice = at("/name", "appears more than once"), at("/age", "appears more than once")
-	notObject           = at("", "must be an object with name, email and age")
+	notObject           = at("", "must be an object; its fields are name, email and age")
 	noFields            = at("", "must have at least one of name, email and age")
 	empty               = at("", "must be JSON; it is empty")
 	longName            = at("", "has a member name of more than 100 bytes")
@@ -1423,7 +1422,7 @@ var (
 	badLimit         = wrong("parameter", "limit", number1)
 	badFetch         = wrong("parameter", "fetch_size", number1)
 	badFilter        = wrong("parameter", "age_filter", number0)
-	corrupt          = wrong("parameter", "page_state", "is corrupt or belongs to another endpoint; start again without page_state")
+	corrupt          = wrong("parameter", "page_state", "is empty, repeated, corrupt or from another endpoint; start again without page_state")
 	otherFilter      = wrong("parameter", "page_state", "was made with another age_filter; start again without page_state")
 )
 

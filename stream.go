@@ -394,7 +394,7 @@ func (p *parameters) scan(t *table, kind string) *scan {
 	}
 	s, ok := t.parseToken(p.Get("page_state"), kind)
 	if !ok || len(p.Values["page_state"]) > 1 {
-		p.reject("page_state", "is corrupt or belongs to another endpoint; start again without page_state")
+		p.reject("page_state", "is empty, repeated, corrupt or from another endpoint; start again without page_state")
 	}
 	return s
 }

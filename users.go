@@ -93,7 +93,7 @@ func (u *user) columns() []any {
 // fields returns the fields that a client may set.
 func (u *user) fields() []field {
 	return []field{
-		{"name", "must be text of 1 to 100 characters, at least one of them visible, without control characters",
+		{"name", "must be text of 1 to 100 characters, at least one of them visible, without control characters or U+FFFD",
 			func(v json.RawMessage) bool { return readText(v, &u.Name) && isName(u.Name) }},
 		{"email", "must be one plain address of at most 254 bytes, such as ada@example.com",
 			func(v json.RawMessage) bool { return readText(v, &u.Email) && isAddress(u.Email) }},
@@ -441,7 +441,7 @@ type field struct {
 // If all is false, fields may be missing. Read-only fields are ignored, so a GET response can be edited and PUT back.
 func readFields(fields []field, object json.RawMessage, at string, all bool) (errs []fieldError) {
 	if object[0] != '{' {
-		return []fieldError{inBody(at, "must be an object with "+namesOf(fields))}
+		return []fieldError{inBody(at, "must be an object; its fields are "+namesOf(fields))}
 	}
 	seen := map[string]bool{}
 	for name, value := range members(object) {

@@ -29,8 +29,9 @@ func TestSlowAndHugeRequests(t *testing.T) {
 		name, request, want string
 	}{
 		{10, "slow header", "GET / HTTP/1.1\r\nHost: a\r\nX-Slow: ", "^$|^HTTP/1.1 408 "},
-		{1, "huge header", "GET / HTTP/1.1\r\nHost: a\r\nX-Huge: " + strings.Repeat("x", 64<<10) + "\r\n\r\n", " 431 "},
+		{1, "huge header", "GET / HTTP/1.1\r\nHost: a\r\nX-Huge: " + strings.Repeat("x", 16<<10) + "\r\n\r\n", " 431 "},
 		{1, "slow body", post + "X-Request-Timeout: 1\r\nContent-Length: 50\r\n\r\n", "(?s) 408 .*The body did not arrive in time"},
+		{1, "any target", "OPTIONS * HTTP/1.1\r\nHost: localhost\r\nX-Request-Timeout: 1\r\nContent-Length: 50\r\n\r\n", " 408 "},
 		{1, "HTTP/1.0", "GET /users/stream HTTP/1.0\r\nHost: localhost\r\n\r\n", "(?s) 426 .*Upgrade: HTTP/1.1\r\n.*" + http11},
 		{1, "pages over HTTP/1.0", "GET /users/stream/pages HTTP/1.0\r\nHost: localhost\r\n\r\n", " 200 OK"},
 	} {
