@@ -377,7 +377,7 @@ func (line *route) serve(w *recorder, r *http.Request) (err error) {
 		err = receiveBody(w, r, cmp.Or(deadline, time.Now().Add(defaultTimeout)))
 	}
 	if err != nil && size > 0 {
-		w.SetReadDeadline(time.Now())         // net/http reads the rest of a body before it sends a response
+		w.SetReadDeadline(time.Now())         // net/http reads the rest of the body before it closes the connection
 		w.Header().Set("Connection", "close") // else it could take that rest, such as a bad trailer, for a request
 	}
 	if !deadline.IsZero() {

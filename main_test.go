@@ -636,22 +636,23 @@ const postHead = "POST /users HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 // Each of these clients gets its response, and then the connection is closed, although the rest of the body never comes.
 func TestBodiesThatDoNotArrive(t *testing.T) {
 	const (
-		post, get    = "POST /users HTTP/1.1\r\nHost: localhost\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\n"
-		soon, length = "X-Request-Timeout: 0.3\r\n", "Content-Length: 50\r\n\r\n"
-		chunk, end   = "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", "0\r\nX: "
-		slow, large  = "The body did not arrive in time", "The body is too large; the limit is 1048576 bytes"
+		post, get           = "POST /users HTTP/1.1\r\nHost: localhost\r\n", "GET / HTTP/1.1\r\nHost: localhost\r\n"
+		soon, length, chunk = "X-Request-Timeout: 0.3\r\n", "Content-Length: 50\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+		large, bad          = "The body is too large; the limit is 1048576 bytes", "The request is not valid; see errors"
 	)
-	url, huge := serve(t, service), "Content-Length: 1048577\r\n\r\n"+strings.Repeat(" ", maxBody+1)
+	url, huge, slow := serve(t, service), "Content-Length: 1048577\r\n\r\n"+strings.Repeat(" ", maxBody+1), "The body did not arrive in time"
 	for _, tt := range []struct{ request, status, detail string }{
-		{post + soon + length + "{", "408", slow}, {post + soon + chunk, "408", slow}, {post + soon + chunk + end, "408", slow},
+		{post + soon + length + "{", "408", slow}, {post + soon + chunk, "408", slow}, {post + soon + chunk + "0\r\nX: ", "408", slow},
 		{get + soon + length + "{", "408", slow}, {"POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + soon + length + "{", "408", slow},
 		{post + huge, "413", large}, {get + huge, "413", large}, {post + "Transfer-Encoding: chunked\r\n\r\nffffffff\r\n" + huge, "413", large},
-		{post + "X-Request-Timeout: x\r\n" + length, "422", "The request"}, {post + chunk + "0\r\nbad\r\n" + get + "\r\n", "422", "The request"},
+		{post + "X-Request-Timeout: x\r\n" + length, "422", bad}, {post + chunk + "0\r\nbad\r\n" + get + "\r\n", "422", bad},
 		{post + "Origin: http://evil.example\r\n" + length, "403", "Cross-origin requests that change data are not allowed"},
 		{"POST /users HTTP/1.1\r\nHost: evil.example\r\n" + length, "421", "Host not allowed; see ALLOWED_HOSTS"},
 		{"POST / HTTP/1.1\r\nHost: a.b\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n", "421", "Host not allowed; see ALLOWED_HOSTS"},
 	} {
-		wantParts(t, receive(t, send(t, url, tt.request)), "HTTP/1.1 "+tt.status+" ", "\r\nConnection: close\r\n", `"detail":"`+tt.detail)
+		start := time.Now()
+		wantParts(t, receive(t, send(t, url, tt.request)), "HTTP/1.1 "+tt.status+" ", "\r\nConnection: close\r\n", `"detail":"`+tt.detail+`"`)
+		failIf(t, time.Since(start) > 3*time.Second, "%.200q: closed after %s", tt.request, time.Since(start))
 	}
 	conn := send(t, url, postHead+"Content-Length: 70\r\n\r\n"+adaBody)
 	conn.CloseWrite()

@@ -468,9 +468,8 @@ func TestBatchIsAtomicWhenItsNodeIsKilled(t *testing.T) {
 	}
 }
 
-// Edits that end with 504 while a node hangs, or after it was killed, may be applied later, by the next transaction on the
-// row. A serial read settles all that were proposed. An edit that a slow node has not proposed yet can still be applied
-// later, but not after the user's next edit.
+// Edits that end with 504 while a node hangs, or after it was killed, may be applied by the next transaction on the row. A serial
+// read settles all that were proposed. Edits that a slow node has not proposed yet may be applied until the user's next edit.
 func TestSerialReadSettlesEdits(t *testing.T) {
 	needsLong(t)
 	n := startNode(t, "-nodes", "3", "-restart", "3s")
